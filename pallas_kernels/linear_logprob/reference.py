@@ -1,0 +1,12 @@
+"""Plain truth for `linear_logprob`: writes the whole `[M, V]` logits."""
+
+import jax
+import jax.numpy as jnp
+
+
+def linear_logprob_reference(hidden, head, targets, temperature):
+    """Returns `(logp [M], entropy [M])` in float32."""
+    logits = jnp.einsum("md,vd->mv", hidden, head, preferred_element_type=jnp.float32) / temperature
+    logps = jax.nn.log_softmax(logits, axis=-1)
+    logp = jnp.take_along_axis(logps, targets[:, None], axis=1)[:, 0]
+    return logp, -jnp.sum(jnp.exp(logps) * logps, axis=-1)

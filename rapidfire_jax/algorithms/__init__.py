@@ -1,0 +1,1 @@
+"""Pure maths and pure steps. Takes arrays, never models."""

@@ -1,0 +1,114 @@
+"""The `rapidfire` command."""
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rapidfire_jax.config import load_config
+from rapidfire_jax.errors import InputError
+
+app = typer.Typer(
+    help="RLHF in JAX.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of input errors too.")]
+
+
+def _report_errors[**P](command: Callable[P, None]) -> Callable[P, None]:
+    """Turns bad input into one message and exit code 2, an interruption into its own exit code."""
+    from rapidfire_jax.training.interrupt import Interrupted
+
+    @functools.wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except InputError as error:
+            if kwargs.get("debug"):
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(2) from None
+        except Interrupted as stop:
+            print(stop, file=sys.stderr)
+            raise typer.Exit(stop.exit_code) from None
+
+    return wrapped
+
+
+@app.command()
+@_report_errors
+def train(
+    config: Annotated[Path | None, typer.Argument(help="YAML file of the run.", show_default=False)] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example rl.kl_coef=0.02.")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Continue the run in this folder.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Run a configured job, or continue one."""
+    from rapidfire_jax.training.run_directory import RunDirectory
+
+    if (config is None) == (resume is None):
+        raise InputError("give either a configuration file or --resume RUN")
+    if resume is not None:
+        run = RunDirectory.open(resume)
+        run_config = run.load_config()
+    else:
+        assert config is not None
+        run_config = load_config(config, overrides or [])
+        run = RunDirectory.create(run_config)
+    from rapidfire_jax.training.ppo import train as train_ppo
+
+    print(f"run directory: {run.path}", flush=True)
+    train_ppo(run_config, run)
+    print(f"final policy: {run.final}")
+
+
+@app.command()
+@_report_errors
+def generate(
+    model: Annotated[
+        str, typer.Argument(metavar="RUN_OR_MODEL", help="Run directory, model folder, .gguf file or repository.")
+    ],
+    prompt: Annotated[list[str], typer.Option(help="May be given several times.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="0: off.")] = 0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Wrap prompts in the model's chat template.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Print the responses of a policy or model to some prompts."""
+    from rapidfire_jax.rollout.text import generate_text
+
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    for text, response in zip(
+        prompt, generate_text(_policy_of(model), prompt, seed=seed, chat=chat, **sampling), strict=True
+    ):
+        print(f"{text}\n-> {response}\n" if len(prompt) > 1 else response)
+
+
+def _policy_of(name: str) -> str:
+    """The exported policy of a run directory; any other name as it is."""
+    if (Path(name) / "config.yaml").is_file():
+        final = Path(name) / "final"
+        if not final.is_dir():
+            raise InputError(
+                f"{name}: the run has not finished, it holds no final policy; see rapidfire train --resume"
+            )
+        return str(final)
+    return name
+
+
+def main() -> Any:
+    """Entry point."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    return app()

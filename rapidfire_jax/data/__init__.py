@@ -1,0 +1,1 @@
+"""From files to prompts: records, splits, tokens and batches."""

@@ -1,0 +1,1 @@
+"""Flax decoder, heads, adapters; Hugging Face and GGUF weights and tokenizers in and out."""

@@ -1,0 +1,1 @@
+"""Rewards: plain functions of prompts and responses, and their weighted sum."""

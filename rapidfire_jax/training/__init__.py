@@ -1,0 +1,1 @@
+"""Host loops, checkpoints, run directory, progress, plots."""

@@ -1,0 +1,56 @@
+"""PNG plots of a run, from its metrics.jsonl."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+PLOTS = {
+    "reward": ("Mean reward", "reward", ["reward", "eval/reward"]),
+    "kl": ("KL to the reference", "nats a response", ["kl", "eval/kl"]),
+    "entropy": ("Policy entropy", "nats a token", ["policy/entropy"]),
+    "explained_variance": ("Explained variance of the critic", "1 - Var[R - v] / Var[R]", ["value/explained_variance"]),
+    "response_length": ("Response length", "tokens", ["response_length", "eval/response_length"]),
+}
+
+
+def plot_run(metrics: Path, folder: Path) -> list[Path]:
+    """Draws reward, KL, entropy, explained variance, response length and time by phase; returns the files."""
+    from matplotlib.figure import Figure
+
+    records: list[dict[str, Any]] = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+
+    def save(figure: Figure, name: str) -> None:
+        written.append(folder / f"{name}.png")
+        figure.savefig(written[-1], dpi=120)
+
+    for name, (title, unit, keys) in PLOTS.items():
+        figure = Figure(figsize=(6, 3.6), layout="constrained")
+        axes = figure.subplots()
+        for key in keys:
+            points = [(r["iteration"], r[key]) for r in records if key in r]
+            held_out = key.startswith("eval/")
+            if points:
+                axes.plot(
+                    *zip(*points, strict=True), "o--" if held_out else "-", label="held out" if held_out else "training"
+                )
+        axes.set(title=title, xlabel="iteration", ylabel=unit)
+        if name == "explained_variance":
+            axes.set_ylim(-1, 1)
+        if len(keys) > 1:
+            axes.legend()
+        axes.grid(alpha=0.3)
+        save(figure, name)
+
+    phases = sorted({key for r in records for key in r if key.startswith("seconds/")})
+    rows = [r for r in records if phases and phases[0] in r]
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    if rows:
+        heights = [[r[phase] for r in rows] for phase in phases]
+        axes.stackplot([r["iteration"] for r in rows], *heights, labels=[p.removeprefix("seconds/") for p in phases])
+        axes.legend(loc="upper right")
+    axes.set(title="Time by phase", xlabel="iteration", ylabel="seconds an iteration")
+    save(figure, "time")
+    return written

@@ -1,0 +1,114 @@
+"""The folder of one run: configuration, metrics, samples, plots, checkpoints, final policy."""
+
+import importlib.metadata
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+from rapidfire_jax.config import RunConfig, dump_config, load_config
+from rapidfire_jax.errors import InputError
+
+PACKAGES = (
+    "rapidfire-jax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "transformers",
+    "numpy",
+    "scikit-learn",
+)
+
+
+class RunDirectory:
+    """Paths of a run and the small files in it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.samples = path / "samples.jsonl"
+        self.plots = path / "plots"
+        self.checkpoints = path / "checkpoints"
+        self.final = path / "final"
+        self.tensorboard = path / "tensorboard"
+        self.summary = path / "summary.json"
+
+    @classmethod
+    def create(cls, config: RunConfig) -> "RunDirectory":
+        """A new folder for `config`. Where `run_dir` holds a run already, a number is appended: nothing is overwritten.
+
+        Raises:
+          InputError: the folder cannot be written.
+        """
+        base = Path(config.run_dir).expanduser()
+        path, number = base, 1
+        while (path / "config.yaml").exists():
+            number += 1
+            path = base.with_name(f"{base.name}-{number}")
+        run = cls(path.resolve())
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+            run.config.write_text(dump_config(config), encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"run_dir {str(path)!r} cannot be written: {error.strerror or error}") from None
+        run.write_json("environment.json", _environment())
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> "RunDirectory":
+        """An existing run.
+
+        Raises:
+          InputError: there is no run in `path`.
+        """
+        run = cls(Path(path).expanduser().resolve())
+        if not run.config.is_file():
+            raise InputError(f"{path}: not a run directory (it holds no config.yaml)")
+        return run
+
+    def load_config(self) -> RunConfig:
+        """The resolved configuration the run was started with."""
+        return load_config(self.config)
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        """Writes a small JSON file, replacing it in one step."""
+        temporary = self.path / f".{name}.partial"
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(self.path / name)
+
+    def append(self, path: Path, records: list[dict[str, Any]]) -> None:
+        """Appends one JSON line a record."""
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+    def rewind(self, iteration: int) -> None:
+        """Drops what was recorded after `iteration`, which is about to be done again."""
+        for path in (self.metrics, self.samples):
+            if path.exists():
+                lines = [
+                    line for line in path.read_text(encoding="utf-8").splitlines() if _iteration(line) <= iteration
+                ]
+                path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def _iteration(line: str) -> float:
+    try:
+        return json.loads(line)["iteration"]
+    except (ValueError, KeyError):
+        return float("inf")  # cut off by a kill in the middle of a line
+
+
+def _environment() -> dict[str, Any]:
+    import jax
+
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "devices": [device.device_kind for device in jax.devices()],
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
