@@ -1,48 +1,6 @@
 """RLHF in JAX: PPO as pure functions, with fused policy and value passes."""
 
-from rapidfire_jax.algorithms.advantages import gae
-from rapidfire_jax.algorithms.kl import kl_estimate
-from rapidfire_jax.algorithms.optimizer import make_optimizer
-from rapidfire_jax.algorithms.ppo import (
-    PPOBatch,
-    PPOConfig,
-    PPOHParams,
-    Rollouts,
-    TrainState,
-    init_state,
-    ppo_iteration,
-    ppo_learn,
-    ppo_loss,
-    ppo_step,
-    ppo_targets,
-    ppo_update,
-)
-from rapidfire_jax.models.auto import FlaxAutoModelForCausalLM
-from rapidfire_jax.models.policy import Policy, make_policy
-from rapidfire_jax.models.tokenizer import load_tokenizer
-from rapidfire_jax.rollout.generate import Generation, SamplingConfig, generate
+import lazy_loader
 
-__all__ = [
-    "FlaxAutoModelForCausalLM",
-    "Generation",
-    "PPOBatch",
-    "PPOConfig",
-    "PPOHParams",
-    "Policy",
-    "Rollouts",
-    "SamplingConfig",
-    "TrainState",
-    "gae",
-    "generate",
-    "init_state",
-    "kl_estimate",
-    "load_tokenizer",
-    "make_optimizer",
-    "make_policy",
-    "ppo_iteration",
-    "ppo_learn",
-    "ppo_loss",
-    "ppo_step",
-    "ppo_targets",
-    "ppo_update",
-]
+# The exports are listed in __init__.pyi. Loading them on first use keeps Flax away from those who only want the maths.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

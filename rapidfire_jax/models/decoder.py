@@ -224,7 +224,7 @@ class CausalLM(nnx.Module):
     def _scan(self, stack, x, mask, positions, *, remat: bool = False, keep_cache: bool = False):
         """Runs a stack over the residual stream; returns it and, if asked for, every layer's keys and values."""
         positions = count_positions(mask) if positions is None else positions
-        visible = mask[:, None, :] & jnp.tril(jnp.ones((x.shape[1],) * 2, bool))
+        visible = mask[:, None, :] & jnp.tril(jnp.ones((1, x.shape[1], x.shape[1]), bool))
         angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
         graphdef, layers = nnx.split(stack)
 

@@ -157,6 +157,6 @@ def _save_shards(arrays: dict[str, jax.Array], names: dict[str, Slot], folder: P
 
 
 def _stored(arrays: dict[str, jax.Array], slot: Slot) -> np.ndarray:
-    array = arrays[slot.path]
-    array = np.asarray(array if slot.layer is None else array[slot.layer])
+    leaf = arrays[slot.path]
+    array = np.asarray(leaf if slot.layer is None else leaf[slot.layer])
     return np.ascontiguousarray(array.T if slot.transposed else array)

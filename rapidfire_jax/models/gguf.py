@@ -43,7 +43,7 @@ TYPES = {
 }  # fmt: skip
 
 # Values in a block, and the block as it lies in the file.
-BLOCKS = {
+BLOCKS: dict[str, tuple[int, np.dtype]] = {
     "F32": (1, np.dtype("<f4")),
     "F16": (1, np.dtype("<f2")),
     "BF16": (1, np.dtype("<u2")),

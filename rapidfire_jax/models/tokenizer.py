@@ -14,7 +14,7 @@ from rapidfire_jax.models.sources import gguf_file, resolve
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# How text is cut before BPE: by each expression in turn, what matches and what lies between becoming pieces of their own.
+# How text is cut before BPE: by each expression in turn; what matches and what lies between become pieces.
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _TIKTOKEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -60,7 +60,7 @@ def _transformers() -> Any:
 def _from_folder(folder: Path) -> "PreTrainedTokenizerFast":
     try:
         return _transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # tokenizers raises nothing more special for a broken tokenizer.json
         raise InputError(f"{folder}: holds no tokenizer that can be read: {error}") from None
 
 
@@ -103,7 +103,7 @@ def _from_gguf(path: Path) -> "PreTrainedTokenizerFast":
 def _byte_level_bpe(tokens: list[str], merges: list[str], token_types: list[int], cut: str) -> tokenizers.Tokenizer:
     """The tokenizer of a GGUF vocabulary; the id of a token is its place in `tokens`."""
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+    pairs = [(left, right) for left, right in (merge.split(" ", 1) for merge in merges)]
     # Llama 3 takes a word that is in the vocabulary whole, whatever the merges would make of it.
     backend = tokenizers.Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=cut == "llama-bpe"))
     if cut == "qwen2":

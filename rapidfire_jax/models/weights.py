@@ -65,6 +65,7 @@ class Slot(NamedTuple):
 
     @property
     def transposed(self) -> bool:
+        """Whether the axes of the stored tensor are swapped."""
         return self.path.endswith(".kernel")
 
 
@@ -110,7 +111,7 @@ def load_safetensors(folder: Path, config: DecoderConfig, dtype: DTypeLike) -> C
     expected = slots(config, HUGGING_FACE)
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(_open(path)) for path in _shards(folder)]
-        holder = {name: file for file in files for name in file.keys() if not _ignored(name, config)}
+        holder = {name: file for file in files for name in list(file.keys()) if not _ignored(name, config)}
         views = {name: file.get_slice(name) for name, file in holder.items()}
         odd = [f"{name}: dtype {v.get_dtype()}" for name, v in views.items() if v.get_dtype() not in FLOATS]
         if odd:

@@ -1,14 +1,16 @@
 """Sampling whole responses as one program: prefill, then a `while_loop` over a key/value cache."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rapidfire_jax.models.decoder import CausalLM, KVCache
 from rapidfire_jax.rollout.sampling import draw
+
+if TYPE_CHECKING:
+    from rapidfire_jax.models.decoder import CausalLM, KVCache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Generation(NamedTuple):
 class _Loop(NamedTuple):
     t: Int[Array, ""]
     key: Array
-    cache: KVCache
+    cache: "KVCache"
     running: Bool[Array, "B"]
     tokens: Int[Array, "B T"]
     mask_t: Bool[Array, "B T"]
@@ -46,7 +48,7 @@ class _Loop(NamedTuple):
 
 
 def generate(
-    model: CausalLM,
+    model: "CausalLM",
     prompts: Int[Array, "B P"],
     prompt_mask: Bool[Array, "B P"],
     key: Array,

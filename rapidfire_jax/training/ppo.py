@@ -227,7 +227,12 @@ def train(config: RunConfig, run: RunDirectory) -> dict[str, Any]:
       Interrupted: a signal came; a checkpoint has been saved unless training had not begun.
     """
     with InterruptGuard() as guard:
-        job = PPOJob(config)
+        try:
+            job = PPOJob(config)
+        except InputError:
+            if not run.metrics.exists():
+                run.discard()
+            raise
         checkpoints = Checkpoints(run.checkpoints, config.training.keep_checkpoints)
         done, seconds, evaluations = 0, 0.0, {}
         if checkpoints.latest is not None:
@@ -288,7 +293,7 @@ def _loop(
                     save()
             stop_if_asked()
             evaluate("after", reporter)
-    except (InputError, Exception) as error:
+    except Exception as error:
         if not any(leaf.is_deleted() for leaf in jax.tree.leaves(job.state)) and not isinstance(
             error, FloatingPointError
         ):

@@ -58,6 +58,13 @@ class RunDirectory:
         run.write_json("environment.json", _environment())
         return run
 
+    def discard(self) -> None:
+        """Takes back what `create` wrote, for a run that could not begin."""
+        for path in (self.config, self.path / "environment.json"):
+            path.unlink(missing_ok=True)
+        if not any(self.path.iterdir()):
+            self.path.rmdir()
+
     @classmethod
     def open(cls, path: str | Path) -> "RunDirectory":
         """An existing run.

@@ -15,9 +15,9 @@ MERGES = ["h e", "l l", "he ll", "hell o", "Ġ w", "o r", "Ġw or", "1 2", "12 3
 
 
 def write_gguf(path: Path, *, metadata=(), tensors=(), tokenizer: dict | None = None, **llama) -> Path:
-    """Writes `metadata` rows (method of GGUFWriter, key, value), `tensors` rows (name, array[, type]), and a tokenizer.
+    """Writes `metadata` rows (method of GGUFWriter, key, value), `tensors` rows (name, array[, type]), a tokenizer.
 
-    `tokenizer` overrides or, with None, removes entries of a small byte-level BPE; `llama` are keys of the architecture.
+    `tokenizer` changes or, with None, removes entries of a small byte-level BPE; `llama` are keys of the architecture.
     """
     writer = gguf.GGUFWriter(path, "llama")
     for key, value in llama.items():

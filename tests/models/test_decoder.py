@@ -4,14 +4,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rapidfire_jax.models.decoder import RMSNorm, attend, count_positions, rotary_angles, rotate
+from rapidfire_jax.models.decoder import CausalLM, RMSNorm, attend, count_positions, rotary_angles, rotate
 from tests.helpers.tiny import TINY, padded_batch, tiny_model
 from tests.helpers.tolerances import F32, F32_LONG
 
-
-@nnx.jit
-def forward(model, tokens, mask=None):
-    return forward(model, tokens, mask)
+forward = nnx.jit(CausalLM.__call__)
 
 
 @nnx.jit(static_argnames="slots")

@@ -9,6 +9,7 @@ from safetensors.numpy import load_file
 
 from rapidfire_jax.errors import InputError
 from rapidfire_jax.models.auto import FlaxAutoModelForCausalLM
+from rapidfire_jax.models.decoder import CausalLM
 from rapidfire_jax.models.export import save_adapter, save_pretrained
 from rapidfire_jax.models.lora import add_lora, merge_lora
 from rapidfire_jax.models.tokenizer import load_tokenizer
@@ -16,6 +17,7 @@ from rapidfire_jax.models.weights import parameters
 from tests.helpers.gguf_files import write_gguf
 from tests.helpers.tiny import padded_batch, tiny_model
 
+forward = nnx.jit(CausalLM.__call__)
 load = FlaxAutoModelForCausalLM.from_pretrained
 
 
@@ -46,7 +48,7 @@ def test_round_trip_is_exact(tmp_path, tokenizer, tied, max_shard_bytes):
     again = load(str(tmp_path / "m"))
     tokens, mask = padded_batch([4, 7], 7)
     assert again.config == model.config
-    np.testing.assert_array_equal(again(tokens, mask), model(tokens, mask), strict=True)
+    np.testing.assert_array_equal(forward(again, tokens, mask), forward(model, tokens, mask), strict=True)
 
 
 def test_index_of_shards(tmp_path, tokenizer):
@@ -97,14 +99,14 @@ def test_adapter_in_the_layout_of_peft(tmp_path):
     model = adapted_model()
     save_adapter(model, tmp_path / "a", base_model_name="org/base", rank=2, alpha=5.0, targets=("q_proj", "down_proj"))
     config = json.loads((tmp_path / "a/adapter_config.json").read_text())
-    assert config["peft_type"] == "LORA" and config["task_type"] == "CAUSAL_LM"
+    assert (config["peft_type"], config["task_type"]) == ("LORA", "CAUSAL_LM")
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (2, 5.0, "org/base")
     assert config["target_modules"] == ["q_proj", "down_proj"]
     tensors = load_file(tmp_path / "a/adapter_model.safetensors")
     assert len(tensors) == 2 * 2 * 3
     a = tensors["base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"]
     b = tensors["base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"]
-    assert a.shape == (2, 24) and b.shape == (48, 2)
+    assert (a.shape, b.shape) == ((2, 24), (48, 2))
     np.testing.assert_array_equal(a, model.blocks.q_proj.lora_a[...][1].T)
     change = merge_lora(model).blocks.q_proj.kernel[...][1] - model.blocks.q_proj.kernel[...][1]
     np.testing.assert_allclose(2.5 * b @ a, np.asarray(change).T, atol=1e-5)
@@ -143,3 +145,19 @@ def test_a_failed_export_leaves_what_was_there(tmp_path, tokenizer, monkeypatch)
         save_pretrained(tiny_model(1), tmp_path / "m", tokenizer)
     np.testing.assert_array_equal(load(str(tmp_path / "m")).embedding[...], tiny_model(0).embedding[...])
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_adapters_on_the_top_layers_only(tmp_path, tokenizer):
+    model = tiny_model()
+    add_lora(model, rank=2, alpha=4.0, targets=("v_proj",), key=jax.random.key(0), layers=2)
+    model.top_blocks.v_proj.lora_b[...] = jax.random.normal(jax.random.key(1), (2, 2, 16))
+    save_adapter(model, tmp_path / "a", base_model_name="org/base", rank=2, alpha=4.0, targets="v_proj")
+    assert json.loads((tmp_path / "a/adapter_config.json").read_text())["layers_to_transform"] == [1, 2]
+    tensors = load_file(tmp_path / "a/adapter_model.safetensors")
+    a = tensors.pop("base_model.model.model.layers.2.self_attn.v_proj.lora_A.weight")
+    np.testing.assert_array_equal(a, model.top_blocks.v_proj.lora_a[...][1].T)
+    assert len(tensors) == 3
+    save_pretrained(model, tmp_path / "m", tokenizer)
+    tokens, mask = padded_batch([4, 7], 7)
+    found = forward(load(str(tmp_path / "m")), tokens, mask)
+    np.testing.assert_allclose(found, forward(model, tokens, mask), rtol=1e-4, atol=1e-4)

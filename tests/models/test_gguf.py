@@ -9,12 +9,24 @@ from rapidfire_jax.models.gguf import read_gguf
 from tests.helpers.gguf_files import write_gguf
 
 METADATA = [
-    ("add_uint8", "a.u8", 200), ("add_int8", "a.i8", -100), ("add_uint16", "a.u16", 60000), ("add_int16", "a.i16", -30000),
-    ("add_uint32", "a.u32", 4_000_000_000), ("add_int32", "a.i32", -2_000_000_000), ("add_uint64", "a.u64", 2**63 + 1),
-    ("add_int64", "a.i64", -(2**62)), ("add_float32", "a.f32", 0.25), ("add_float64", "a.f64", 0.1), ("add_bool", "a.yes", True),
-    ("add_bool", "a.no", False), ("add_string", "a.text", "naïve 🙂"), ("add_array", "a.words", ["one", "", "三"]),
-    ("add_array", "a.numbers", [1, -2, 3]), ("add_array", "a.floats", [0.5, 1.5]), ("add_array", "a.flags", [True, False]),
-]  # fmt: skip
+    ("add_uint8", "a.u8", 200),
+    ("add_int8", "a.i8", -100),
+    ("add_uint16", "a.u16", 60000),
+    ("add_int16", "a.i16", -30000),
+    ("add_uint32", "a.u32", 4_000_000_000),
+    ("add_int32", "a.i32", -2_000_000_000),
+    ("add_uint64", "a.u64", 2**63 + 1),
+    ("add_int64", "a.i64", -(2**62)),
+    ("add_float32", "a.f32", 0.25),
+    ("add_float64", "a.f64", 0.1),
+    ("add_bool", "a.yes", True),
+    ("add_bool", "a.no", False),
+    ("add_string", "a.text", "naïve 🙂"),
+    ("add_array", "a.words", ["one", "", "三"]),
+    ("add_array", "a.numbers", [1, -2, 3]),
+    ("add_array", "a.floats", [0.5, 1.5]),
+    ("add_array", "a.flags", [True, False]),
+]
 
 
 def small(path):
@@ -25,7 +37,7 @@ def test_metadata_of_every_type(tmp_path):
     path = small(tmp_path / "m.gguf")
     metadata = read_gguf(path).metadata
     for _, key, value in METADATA:
-        assert metadata[key] == value and type(metadata[key]) is type(value), key
+        assert (metadata[key], type(metadata[key])) == (value, type(value)), key
     reference = gguf.GGUFReader(path).fields
     assert {k: f.contents() for k, f in reference.items() if not k.startswith("GGUF.")} == metadata
 
@@ -48,7 +60,7 @@ def test_dequantize_is_bit_equal_to_the_gguf_package(tmp_path, kind):
     expected = gguf.quants.dequantize(stored, kind)
     np.testing.assert_array_equal(file.dequantize("w"), expected)
     np.testing.assert_array_equal(file.dequantize("cube"), expected.reshape(2, 3, 96))
-    assert file.tensors["w"].shape == (6, 96) and file.dequantize("w").dtype == np.float32
+    assert (file.tensors["w"].shape, file.dequantize("w").dtype) == ((6, 96), np.float32)
 
 
 def test_alignment_of_the_file_is_used(tmp_path):

@@ -5,18 +5,21 @@ import pytest
 from flax import nnx
 
 from rapidfire_jax.errors import InputError
+from rapidfire_jax.models.decoder import CausalLM
 from rapidfire_jax.models.lora import PROJECTIONS, add_lora, merge_lora
 from rapidfire_jax.models.weights import parameters
 from tests.helpers.tiny import TINY, padded_batch, tiny_model
 from tests.helpers.tolerances import F32_LONG
 
+forward = nnx.jit(CausalLM.__call__)
 
-def with_adapters(targets="all-linear", **changes):
+
+def with_adapters(targets="all-linear", layers=None, **changes):
     """A model whose B matrices are not zero."""
     model = tiny_model(**changes)
-    add_lora(model, rank=4, alpha=6.0, targets=targets, key=jax.random.key(1))
+    add_lora(model, rank=4, alpha=6.0, targets=targets, key=jax.random.key(1), layers=layers)
     for i, name in enumerate(PROJECTIONS):
-        linear = getattr(model.blocks, name)
+        linear = getattr(model.stacks[-1], name)
         if linear.lora_scale is not None:
             linear.lora_b[...] = jax.random.normal(jax.random.key(i), linear.lora_b.shape) * 0.1
     return model
@@ -26,7 +29,7 @@ def test_new_adapters_change_nothing():
     tokens, mask = padded_batch([5, 9], 9)
     plain, adapted = tiny_model(), tiny_model()
     add_lora(adapted, rank=2, alpha=4.0, targets="all-linear", key=jax.random.key(0))
-    np.testing.assert_array_equal(adapted(tokens, mask), plain(tokens, mask))
+    np.testing.assert_array_equal(forward(adapted, tokens, mask), forward(plain, tokens, mask))
 
 
 def test_leaves_scale_and_independent_matrices():
@@ -39,9 +42,10 @@ def test_leaves_scale_and_independent_matrices():
         "blocks.down_proj.lora_a": (3, 40, 4), "blocks.down_proj.lora_b": (3, 4, 24),
     }  # fmt: skip
     assert len(jax.tree.leaves(nnx.state(model, nnx.LoRAParam))) == 4
-    assert model.blocks.q_proj.lora_scale == 1.5 and model.blocks.k_proj.lora_scale is None
+    assert (model.blocks.q_proj.lora_scale, model.blocks.k_proj.lora_scale) == (1.5, None)
     a = np.asarray(leaves["blocks.q_proj.lora_a"])
-    assert np.abs(a).max() <= 24**-0.5 and not np.array_equal(a[0], a[1])
+    assert np.abs(a).max() <= 24**-0.5
+    assert not np.array_equal(a[0], a[1])
     alone = tiny_model()
     add_lora(alone, rank=4, alpha=6.0, targets="q_proj", key=jax.random.key(0))
     np.testing.assert_array_equal(alone.blocks.q_proj.lora_a[...], a)
@@ -58,16 +62,16 @@ def test_adapted_kernel_is_w_plus_scaled_product():
     np.testing.assert_allclose(linear(x), np.asarray(x, np.float64) @ (w + 1.5 * a @ b), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "v_proj")])
-def test_merged_model_computes_the_same(targets):
+@pytest.mark.parametrize(("targets", "layers"), [("all-linear", None), (("q_proj", "v_proj"), None), ("all-linear", 1)])
+def test_merged_model_computes_the_same(targets, layers):
     tokens, mask = padded_batch([5, 9], 9)
-    model = with_adapters(targets)
+    model = with_adapters(targets, layers)
     model.add_value_head()
     merged = merge_lora(model)
     assert set(parameters(merged)) == set(parameters(tiny_model()))
-    np.testing.assert_allclose(merged(tokens, mask), model(tokens, mask), **F32_LONG)
-    assert np.abs(merged(tokens, mask) - tiny_model()(tokens, mask)).max() > 0.1
-    assert model.blocks.q_proj.lora_scale is not None  # the argument is left alone
+    np.testing.assert_allclose(forward(merged, tokens, mask), forward(model, tokens, mask), **F32_LONG)
+    assert np.abs(forward(merged, tokens, mask) - forward(tiny_model(), tokens, mask)).max() > 0.1
+    assert model.stacks[-1].q_proj.lora_scale is not None  # the argument is left alone
 
 
 def test_merge_under_jit():
@@ -75,8 +79,8 @@ def test_merge_under_jit():
     graphdef, weights = nnx.split(with_adapters(tie_embeddings=True))
     logits = jax.jit(lambda weights: merge_lora(nnx.merge(graphdef, weights))(tokens, mask))(weights)
     model = nnx.merge(graphdef, weights)
-    np.testing.assert_allclose(logits, model(tokens, mask), **F32_LONG)
-    np.testing.assert_allclose(merge_lora(model)(tokens, mask), logits, **F32_LONG)
+    np.testing.assert_allclose(logits, forward(model, tokens, mask), **F32_LONG)
+    np.testing.assert_allclose(forward(merge_lora(model), tokens, mask), logits, **F32_LONG)
 
 
 def test_merge_keeps_the_dtype():

@@ -9,7 +9,7 @@ from rapidfire_jax.models.sources import gguf_file, read_json, resolve
 def test_file_and_folder(tmp_path, monkeypatch):
     file = tmp_path / "m.gguf"
     file.touch()
-    assert resolve(str(tmp_path)) == tmp_path and resolve(str(file)) == file
+    assert [resolve(str(tmp_path)), resolve(str(file))] == [tmp_path, file]
     monkeypatch.chdir(tmp_path.parent)
     assert resolve(f"{tmp_path.name}/m.gguf").samefile(file)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -86,7 +86,7 @@ def test_gguf_file(tmp_path):
         gguf_file(tmp_path)
     (tmp_path / "config.json").touch()
     assert gguf_file(tmp_path) is None
-    with pytest.raises(InputError, match="config.json: not a model"):
+    with pytest.raises(InputError, match=r"config\.json: not a model"):
         gguf_file(tmp_path / "config.json")
 
 

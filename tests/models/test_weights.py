@@ -44,7 +44,7 @@ def write(folder, model, tensors=None):
 
 def assert_same(found: CausalLM, expected: CausalLM):
     found_leaves, expected_leaves = parameters(found), parameters(expected)
-    assert found.config == expected.config and found_leaves.keys() == expected_leaves.keys()
+    assert (found.config, found_leaves.keys()) == (expected.config, expected_leaves.keys())
     for path, leaf in expected_leaves.items():
         np.testing.assert_array_equal(found_leaves[path], leaf, err_msg=path, strict=True)
 
@@ -160,10 +160,10 @@ def test_pickles_are_refused_with_the_way_to_convert(tmp_path):
 
 
 def test_folder_without_weights_or_configuration(tmp_path):
-    with pytest.raises(InputError, match="holds neither config.json nor a .gguf file"):
+    with pytest.raises(InputError, match=r"holds neither config\.json nor a \.gguf file"):
         load(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(to_hugging_face(TINY, dtype="float32")))
-    with pytest.raises(InputError, match="holds no model.safetensors and no model.safetensors.index.json$"):
+    with pytest.raises(InputError, match=r"holds no model\.safetensors and no model\.safetensors\.index\.json$"):
         load(str(tmp_path))
 
 
