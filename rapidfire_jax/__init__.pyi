@@ -22,7 +22,6 @@ from .models.policy import Policy, make_policy
 from .models.tokenizer import load_tokenizer
 from .rollout.generate import Generation, SamplingConfig, generate
 
-
 __all__ = [
     "FlaxAutoModelForCausalLM",
     "Generation",

@@ -89,10 +89,17 @@ def generate(
     """Print the responses of a policy or model to some prompts."""
     from rapidfire_jax.rollout.text import generate_text
 
-    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    for text, response in zip(
-        prompt, generate_text(_policy_of(model), prompt, seed=seed, chat=chat, **sampling), strict=True
-    ):
+    responses = generate_text(
+        _policy_of(model),
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        chat=chat,
+    )
+    for text, response in zip(prompt, responses, strict=True):
         print(f"{text}\n-> {response}\n" if len(prompt) > 1 else response)
 
 

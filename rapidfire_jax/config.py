@@ -36,7 +36,7 @@ class AdapterConfig(Section):
     rank: Positive = 16
     alpha: Annotated[float, Field(gt=0)] = 32.0
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    layers: Positive | None = Field(None, description="adapt only the last n layers; null: all")
+    layers: Positive | None = Field(default=None, description="adapt only the last n layers; null: all")
 
 
 class DataConfig(Section):
@@ -79,9 +79,9 @@ class RolloutConfig(Section):
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
     top_k: Annotated[int, Field(ge=0, description="0: off")] = 0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    dtype: Literal["float32", "bfloat16"] | None = Field(None, description="of decoding; null: the model's")
+    dtype: Literal["float32", "bfloat16"] | None = Field(default=None, description="of decoding; null: the model's")
     log_probs: Literal["reuse", "recompute"] = Field(
-        "recompute",
+        default="recompute",
         description="behaviour log-probabilities and values: from the decode, or from a pass of the update's own",
     )
 
@@ -124,7 +124,7 @@ class TrainingConfig(Section):
     checkpoint_every: Positive = 50
     keep_checkpoints: Positive = 2
     eval_prompts: Positive = 128
-    eval_every: Positive | None = Field(None, description="null: before and after only")
+    eval_every: Positive | None = Field(default=None, description="null: before and after only")
 
 
 class MemoryConfig(Section):
@@ -165,7 +165,8 @@ class RunConfig(Section):
     def _check(self) -> "RunConfig":
         if self.rollout.batch_size % self.rl.minibatches:
             raise ValueError(
-                f"rollout.batch_size={self.rollout.batch_size} is not a multiple of rl.minibatches={self.rl.minibatches}"
+                f"rollout.batch_size={self.rollout.batch_size} is not a multiple of "
+                f"rl.minibatches={self.rl.minibatches}"
             )
         return self
 

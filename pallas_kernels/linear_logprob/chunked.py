@@ -1,7 +1,7 @@
 """`linear_logprob` in slices of the vocabulary, forward and backward: `[M, chunk]` is the largest array.
 
-The forward pass keeps a running maximum and two running sums (the online softmax of Milakov and Gimelshein 2018); the backward
-pass computes each slice of the logits again.
+The forward pass keeps a running maximum and two running sums (the online softmax of Milakov and Gimelshein 2018); the
+backward pass computes each slice of the logits again.
 """
 
 from functools import partial

@@ -13,8 +13,8 @@ None of them is jitted: jit (and donate `state`) where you call them. Models ent
     sample(frozen, trainable, prompts, prompt_mask, key, temperature) -> Rollouts without ref_logp_t and score
     reward(rollouts) -> score  [B]
 
-References: Schulman et al., Proximal Policy Optimization Algorithms, 2017; Ziegler et al., Fine-Tuning Language Models from Human
-Preferences, 2019; Stiennon et al., Learning to Summarize with Human Feedback, 2020.
+References: Schulman et al., Proximal Policy Optimization Algorithms, 2017; Ziegler et al., Fine-Tuning Language Models
+from Human Preferences, 2019; Stiennon et al., Learning to Summarize with Human Feedback, 2020.
 """
 
 import dataclasses
@@ -33,10 +33,6 @@ from rapidfire_jax.algorithms.masking import masked_mean, masked_sum, masked_var
 type Metrics = dict[str, Array]
 
 
-def _pytree(cls):
-    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
-
-
 @dataclasses.dataclass(frozen=True)
 class PPOConfig:
     """What fixes the shape of the computation. Static under jit."""
@@ -48,7 +44,8 @@ class PPOConfig:
     recompute: bool = False  # old log-probabilities and values from a pass of our own, not from the rollout
 
 
-@_pytree
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class PPOHParams:
     """Numbers that may change between calls without a new compilation; vmap over them for a sweep."""
 
@@ -65,7 +62,8 @@ class PPOHParams:
     missing_eos_penalty: Float[Array, ""] | float = 0.0  # subtracted from the score of responses that never ended
 
 
-@_pytree
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class TrainState:
     """Everything a step changes, and the frozen weights beside it."""
 
@@ -75,7 +73,8 @@ class TrainState:
     step: Int[Array, ""]  # optimiser steps taken
 
 
-@_pytree
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Rollouts:
     """Finished rollouts. B sequences of S tokens: the prompt padded on the left, then T response tokens."""
 
@@ -89,7 +88,8 @@ class Rollouts:
     score: Float[Array, "B"] | None = None  # reward of the whole response
 
 
-@_pytree
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class PPOBatch:
     """What one minibatch of the loss needs; the same fields as `Rollouts` where they have the same name."""
 
@@ -123,7 +123,9 @@ def policy_loss(logp_t, old_logp_t, adv_t, mask_t, clip_range):
 
 
 def value_loss(v_t, old_v_t, return_t, mask_t, value_clip_range):
-    """Clipped squared error: `(sum, count)` over `mask_t` of `0.5 max((v - R)^2, (clip(v, old_v - c, old_v + c) - R)^2)`.
+    """Clipped squared error: `(sum, count)` over `mask_t` of
+
+        0.5 max((v - R)^2, (clip(v, old_v - c, old_v + c) - R)^2)
 
     Args:
       v_t: [B, T] values being trained; the only input that gradients flow to.
@@ -181,8 +183,8 @@ def ppo_step(
     Args:
       state: parameters and optimiser state; gradients are taken for `state.trainable` alone.
       batch: the minibatch, B sequences.
-      hparams: traced numbers. An optimiser of `make_optimizer` follows `hparams.learning_rate`; any other optax optimiser keeps
-        the rate it was made with.
+      hparams: traced numbers. An optimiser of `make_optimizer` follows `hparams.learning_rate`; any other optax
+        optimiser keeps the rate it was made with.
       apply: forward pass, see the module.
       optimizer: optax transformation.
       config: static settings (`ppo_step` itself reads none; `ppo_update` does).
@@ -208,10 +210,10 @@ def ppo_step(
     return TrainState(state.frozen, trainable, opt_state, state.step + 1), metrics
 
 
-def shape_scores(rollouts: Rollouts, hparams: PPOHParams) -> Float[Array, "B"]:
+def shape_scores(score: Float[Array, "B"], ended: Bool[Array, "B"], hparams: PPOHParams) -> Float[Array, "B"]:
     """Clips the scores, then subtracts the penalty of responses without EOS."""
-    clipped = jnp.clip(rollouts.score, -hparams.reward_clip, hparams.reward_clip)
-    return clipped - hparams.missing_eos_penalty * (~rollouts.ended).astype(jnp.float32)
+    clipped = jnp.clip(score, -hparams.reward_clip, hparams.reward_clip)
+    return clipped - hparams.missing_eos_penalty * (~ended).astype(jnp.float32)
 
 
 def ppo_targets(rollouts: Rollouts, inputs: Any, hparams: PPOHParams, config: PPOConfig) -> tuple[PPOBatch, Metrics]:
@@ -222,9 +224,11 @@ def ppo_targets(rollouts: Rollouts, inputs: Any, hparams: PPOHParams, config: PP
     Advantages are whitened over the tokens of all B sequences when `config.whiten_advantages`. Metrics: sums over the
     tokens of a response, means over responses, KL in nats.
     """
+    assert rollouts.score is not None
+    assert rollouts.ref_logp_t is not None
     mask_t = rollouts.mask_t
     kl_t = jnp.where(mask_t, kl_estimate(rollouts.old_logp_t, rollouts.ref_logp_t, config.kl_estimator), 0.0)
-    score = shape_scores(rollouts, hparams)
+    score = shape_scores(rollouts.score, rollouts.ended, hparams)
     position = jnp.arange(mask_t.shape[1])[None]
     last = mask_t & (position == mask_t.sum(axis=1, keepdims=True) - 1)
     r_t = -hparams.kl_coef * kl_t + jnp.where(last, score[:, None], 0.0)
@@ -300,8 +304,8 @@ def ppo_learn(
 ) -> tuple[TrainState, Metrics]:
     """Scores the rollouts by the reference (and by the policy, if `config.recompute`), then `ppo_update`.
 
-    `rollouts` come with `score`. `policy/rollout_mismatch` is the mean absolute difference between the log-probabilities of the rollout
-    and those recomputed, in nats.
+    `rollouts` come with `score`. `policy/rollout_mismatch` is the mean absolute difference between the rollout's
+    log-probabilities and those recomputed, in nats.
     """
     inputs = encode(state.frozen, rollouts.tokens, rollouts.attention_mask)
     rest = (inputs, rollouts.mask_t.shape[1], hparams.temperature)

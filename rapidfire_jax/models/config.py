@@ -63,6 +63,8 @@ def from_hugging_face(config: Mapping[str, Any], where: str = "config.json") -> 
         )
     except KeyError as error:
         raise InputError(f"{where}: key {error.args[0]!r} is missing") from None
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where}: {error}") from None
 
 
 def to_hugging_face(config: DecoderConfig, *, dtype: str) -> dict[str, Any]:
@@ -116,6 +118,8 @@ def from_gguf(metadata: Mapping[str, Any], *, tied: bool, where: str) -> Decoder
         )
     except KeyError as error:
         raise InputError(f"{where}: metadata key {error.args[0]!r} is missing") from None
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where}: {error}") from None
 
 
 def _refuse(config: Mapping[str, Any], where: str, **accepted: tuple[Any, ...]) -> None:

@@ -10,6 +10,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from rapidfire_jax.errors import InputError
@@ -30,7 +31,7 @@ class KVCache:
 class Linear(nnx.Module):
     """`x W`, plus `scale * (x A) B` once `add_lora` has been called."""
 
-    def __init__(self, in_features: int, out_features: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, in_features: int, out_features: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         init = jax.nn.initializers.normal(0.02)
         self.kernel = nnx.Param(init(rngs.params(), (in_features, out_features), dtype))
         self.lora_scale: float | None = None
@@ -44,6 +45,7 @@ class Linear(nnx.Module):
         self.lora_scale = scale
 
     def __call__(self, x: Float[Array, "*M in"]) -> Float[Array, "*M out"]:
+        """The product, in the dtype of `x`."""
         y = x @ self.kernel[...]
         if self.lora_scale is not None:
             y += (x @ self.lora_a[...].astype(x.dtype)) @ (self.lora_b[...] * self.lora_scale).astype(x.dtype)
@@ -53,11 +55,12 @@ class Linear(nnx.Module):
 class RMSNorm(nnx.Module):
     """Zhang and Sennrich 2019, statistics in float32."""
 
-    def __init__(self, features: int, eps: float, *, dtype: jnp.dtype):
+    def __init__(self, features: int, eps: float, *, dtype: DTypeLike):
         self.scale = nnx.Param(jnp.ones((features,), dtype))
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*M D"]) -> Float[Array, "*M D"]:
+        """`x` with a root mean square of 1, times the scale."""
         x32 = x.astype(jnp.float32)
         x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
         return x32.astype(x.dtype) * jnp.broadcast_to(self.scale[...], x.shape)
@@ -91,7 +94,7 @@ def attend(
 class Block(nnx.Module):
     """One layer: attention and SwiGLU, each behind an RMSNorm and added to the residual stream."""
 
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         linear = partial(Linear, dtype=dtype, rngs=rngs)
         D, F, H = config.hidden_size, config.intermediate_size, config.head_dim
         self.attention_norm = RMSNorm(D, config.norm_eps, dtype=dtype)
@@ -132,7 +135,7 @@ class CausalLM(nnx.Module):
     `positions [B, S]` int32, by default counted over the real tokens of a row.
     """
 
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         init = jax.nn.initializers.normal(0.02)
         self.config = config
         self.embedding = nnx.Param(init(rngs.params(), (config.vocab_size, config.hidden_size), dtype))
@@ -146,7 +149,7 @@ class CausalLM(nnx.Module):
         self.is_split = False
 
     def split_blocks(self, top: int) -> None:
-        """Moves the last `top` layers into a stack of their own, `top_blocks`, so that adapters can stand on these alone."""
+        """Moves the last `top` layers into a stack of their own, `top_blocks`; adapters can stand on these alone."""
         if not 0 < top <= self.config.num_layers:
             raise InputError(
                 f"adapter.layers={top}: the model has {self.config.num_layers} layers; accepted: 1 to that"

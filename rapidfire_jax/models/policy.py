@@ -1,7 +1,7 @@
 """A policy with its critic and its reference as pure functions of two parameter trees.
 
-`frozen` holds the weights the run started from, and so is the reference policy. `trainable` holds what is optimised: adapters and
-value head with LoRA, otherwise a full copy of the weights and the value head.
+`frozen` holds the weights the run started from, and so is the reference policy. `trainable` holds what is optimised:
+adapters and value head with LoRA, otherwise a full copy of the weights and the value head.
 """
 
 import dataclasses
@@ -51,7 +51,7 @@ class Policy:
         return nnx.merge(self.graphdef, trainable) if self.full else nnx.merge(self.graphdef, frozen, trainable)
 
     def encode(self, frozen: Params, tokens: Int[Array, "B S"], attention_mask: Bool[Array, "B S"]) -> Inputs:
-        """The part of every forward pass that training cannot change, computed once: policy, reference and all epochs share it."""
+        """The part of a forward pass that training cannot change, once for the policy, the reference and all epochs."""
         if self.full:
             return Inputs(tokens, attention_mask, None)
         return Inputs(tokens, attention_mask, nnx.merge(self.reference_graphdef, frozen).lower(tokens, attention_mask))
@@ -66,8 +66,8 @@ class Policy:
     ) -> TokenOutputs:
         """Log-probability, entropy and value of the last `response_length` tokens, from one pass through the trunk.
 
-        Gradients flow to `trainable`: from the log-probabilities and entropies through head and trunk, from the values through value
-        head and trunk.
+        Gradients flow to `trainable`: from the log-probabilities and entropies through head and trunk, from the values
+        through value head and trunk.
         """
         model = self.merge(frozen, trainable)
         hidden = _before_response(model, inputs, response_length, self.remat)
@@ -105,7 +105,7 @@ def make_policy(
         graphdef, trainable = nnx.split(model)
         trainable = jax.tree.map(jnp.copy, trainable)
     else:
-        graphdef, trainable, _ = nnx.split(model, nnx.Any(nnx.LoRAParam, ValueParam), ...)
+        graphdef, trainable, *_ = nnx.split(model, nnx.Any(nnx.LoRAParam, ValueParam), ...)
     return Policy(graphdef, reference_graphdef, full=lora is None, remat=remat), frozen, trainable
 
 

@@ -13,7 +13,7 @@ class Interrupted(BaseException):
 
 
 class InterruptGuard:
-    """While `defer` is set, a first signal is only noted in `signum`; otherwise, and the second time, it raises `Interrupted`."""
+    """While `defer` is set, a first signal is only noted in `signum`; later and otherwise it raises `Interrupted`."""
 
     def __init__(self) -> None:
         self.signum: int | None = None

@@ -1,7 +1,7 @@
 """The PPO job: what `rapidfire train` runs for `task: ppo`.
 
-Three programs are compiled, once for each bucket of prompt lengths: rollout, reference, and learning. Rewards run on the host between
-the first and the last.
+Three programs are compiled, once for each bucket of prompt lengths: rollout, reference, and learning. Rewards run on
+the host between the first and the last.
 """
 
 import dataclasses
@@ -66,8 +66,17 @@ def compile_programs(
         return policy.reference(frozen, inputs, length, temperature)
 
     def learn(state, rollouts, hparams, key):
-        functions = {"apply": policy.apply, "reference": policy.reference, "encode": policy.encode}
-        return ppo_learn(state, rollouts, hparams, key, **functions, optimizer=optimizer, config=config)
+        return ppo_learn(
+            state,
+            rollouts,
+            hparams,
+            key,
+            apply=policy.apply,
+            reference=policy.reference,
+            encode=policy.encode,
+            optimizer=optimizer,
+            config=config,
+        )
 
     return Programs(jax.jit(rollout), jax.jit(reference), jax.jit(learn, donate_argnames="state"))
 
@@ -198,8 +207,16 @@ class PPOJob:
         def reference(rollouts):
             return self.programs.reference(state.frozen, rollouts, temperature)
 
-        size = {"batch_size": self.config.rollout.batch_size, "buckets": self.buckets}
-        return evaluate_policy(sample, reference, self.held_out, self.reward, self.tokenizer, self.eval_key, **size)
+        return evaluate_policy(
+            sample,
+            reference,
+            self.held_out,
+            self.reward,
+            self.tokenizer,
+            self.eval_key,
+            batch_size=self.config.rollout.batch_size,
+            buckets=self.buckets,
+        )
 
     def export(self, folder: Path) -> None:
         """Writes the policy as a Hugging Face folder (adapters merged), and the adapter alone in PEFT format."""
@@ -207,8 +224,14 @@ class PPOJob:
         save_pretrained(model, folder, self.tokenizer)
         adapter = self.config.adapter
         if adapter.type == "lora":
-            like = {"rank": adapter.rank, "alpha": adapter.alpha, "targets": adapter.targets}
-            save_adapter(model, folder / "adapter", base_model_name=self.config.model.name, **like)
+            save_adapter(
+                model,
+                folder / "adapter",
+                base_model_name=self.config.model.name,
+                rank=adapter.rank,
+                alpha=adapter.alpha,
+                targets=adapter.targets,
+            )
 
 
 def peak_bytes() -> int:

@@ -249,8 +249,8 @@ def test_recompute_measures_the_mismatch():
 
 def test_rows_that_cannot_be_cut():
     state, rollouts, optimizer, _ = make()
+    learner = {"apply": bigram, "encode": encode, "optimizer": optimizer, "config": PPOConfig(minibatches=4)}
     with pytest.raises(ValueError, match="6 rollouts"):
-        learner = {"apply": bigram, "encode": encode, "optimizer": optimizer, "config": PPOConfig(minibatches=4)}
         ppo_update(state, rollouts, HPARAMS, jax.random.key(0), **learner)
 
 

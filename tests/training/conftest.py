@@ -50,7 +50,7 @@ def assets(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def job(assets, tmp_path, monkeypatch):
-    """Writes the configuration, with `changes` merged in, and returns its path. The working directory holds the rewards."""
+    """Writes the configuration with `changes` merged in, returns its path. The working directory holds the rewards."""
     monkeypatch.chdir(assets)
 
     def write(**changes) -> Path:
@@ -59,7 +59,12 @@ def job(assets, tmp_path, monkeypatch):
             "run_dir": str(tmp_path / "run"),
             "model": {"name": str(assets / "model")},
             "adapter": {"rank": 4, "layers": 2},
-            "data": {"path": str(assets / "prompts.jsonl"), "max_prompt_length": 32, "train": [0.0, 0.8], "held_out": [0.8, 1.0]},
+            "data": {
+                "path": str(assets / "prompts.jsonl"),
+                "max_prompt_length": 32,
+                "train": [0.0, 0.8],
+                "held_out": [0.8, 1.0],
+            },
             "reward": {"function": "tiny_rewards:letters"},
             "rollout": {"batch_size": 8, "max_new_tokens": 6},
             "rl": {"epochs": 2, "minibatches": 2},

@@ -32,8 +32,6 @@ def numbers(run):
     return [{k: v for k, v in r.items() if not k.startswith(TIMING)} for r in records]
 
 
-
-
 def test_a_run_leaves_everything_behind(job):
     config, run = start(job())
     summary = train(config, run)
@@ -121,8 +119,7 @@ def test_a_reward_that_breaks_during_training_saves_first(job):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(job):
-    config, run = start(job())
-    ours = PPOJob(config)
+    ours = PPOJob(load_config(job()))
     ours.state = dataclasses.replace(ours.state, trainable=jax.tree.map(lambda x: x * np.nan, ours.state.trainable))
     with pytest.raises(FloatingPointError, match="iteration 1"):
         ours.iterate(0)
