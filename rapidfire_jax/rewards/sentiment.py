@@ -113,6 +113,8 @@ class _Classifier:
 
     def probabilities(self, texts: Sequence[str]) -> list[float]:
         """Of being positive, one a text."""
+        if not texts:
+            return []
         return scipy.special.expit(self._transformer.transform(texts) @ self.weights).tolist()
 
     @functools.cached_property
