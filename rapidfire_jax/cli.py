@@ -3,6 +3,7 @@
 import functools
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,9 +33,12 @@ def _report_errors[**P](command: Callable[P, None]) -> Callable[P, None]:
             command(*args, **kwargs)
         except InputError as error:
             if kwargs.get("debug"):
-                raise
-            print(f"error: {error}", file=sys.stderr)
+                traceback.print_exc()
+            else:
+                print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
         except Interrupted as stop:
             print(stop, file=sys.stderr)
             raise typer.Exit(stop.exit_code) from None

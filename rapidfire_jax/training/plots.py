@@ -1,6 +1,5 @@
-"""PNG plots of a run, from its metrics.jsonl."""
+"""PNG plots of a run, from the records of its metrics.jsonl."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,10 @@ PLOTS = {
 }
 
 
-def plot_run(metrics: Path, folder: Path) -> list[Path]:
+def plot_run(records: list[dict[str, Any]], folder: Path) -> list[Path]:
     """Draws reward, KL, entropy, explained variance, response length and time by phase; returns the files."""
     from matplotlib.figure import Figure
 
-    records: list[dict[str, Any]] = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     folder.mkdir(parents=True, exist_ok=True)
     written = []
 

@@ -256,13 +256,16 @@ def train(config: RunConfig, run: RunDirectory) -> dict[str, Any]:
             if not run.metrics.exists():
                 run.discard()
             raise
+        except Interrupted as stop:
+            message = f"stopped before training began; start it with: rapidfire train --resume {run.path}"
+            raise Interrupted(stop.signum, message) from None
         checkpoints = Checkpoints(run.checkpoints, config.training.keep_checkpoints)
         done, seconds, evaluations = 0, 0.0, {}
         if checkpoints.latest is not None:
             job.state, record = checkpoints.restore(job.state)
             done, seconds, evaluations = checkpoints.latest, record["seconds"], record["evaluations"]
             print(f"continuing {run.path} after iteration {done}", flush=True)
-        run.rewind(done)
+        run.rewind(done, evaluations)
         guard.defer = True
         try:
             return _loop(job, run, checkpoints, guard, done, seconds, evaluations)
@@ -295,7 +298,7 @@ def _loop(
     def evaluate(phase: str, reporter: Reporter) -> None:
         metrics, samples = job.evaluate()
         evaluations[phase] = metrics
-        reporter.evaluation(done, metrics)
+        reporter.evaluation(done, phase, metrics)
         run.append(run.samples, [{"iteration": done, "phase": phase} | sample for sample in samples])
 
     try:
@@ -324,13 +327,14 @@ def _loop(
         raise
 
     job.export(run.final)
-    plot_run(run.metrics, run.plots)
+    records = run.read(run.metrics)
+    plot_run(records, run.plots)
     summary = {
         "before": evaluations["before"],
         "after": evaluations["after"],
         "seconds": time.perf_counter() - start,
         "iterations": done,
-        "tokens_per_second": metrics["tokens_per_second"],
+        "tokens_per_second": float(np.median([r["tokens_per_second"] for r in records if "tokens_per_second" in r])),
         "peak_bytes": peak_bytes(),
     }
     run.write_json(run.summary.name, summary)

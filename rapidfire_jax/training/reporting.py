@@ -55,10 +55,10 @@ class Reporter:
             left = f"{int(seconds_left) // 60}:{int(seconds_left) % 60:02d} left"
             print(f"iteration {iteration:3d}/{self._total}  {line}  {left}", flush=True)
 
-    def evaluation(self, iteration: int, metrics: dict[str, float]) -> None:
+    def evaluation(self, iteration: int, phase: str, metrics: dict[str, float]) -> None:
         """Reports an evaluation on the held-out prompts."""
         prefixed = {f"eval/{name}": value for name, value in metrics.items()}
-        self._run.append(self._run.metrics, [{"iteration": iteration} | prefixed])
+        self._run.append(self._run.metrics, [{"iteration": iteration, "phase": phase} | prefixed])
         self._scalars(iteration, prefixed)
 
     def _scalars(self, iteration: int, metrics: dict[str, float]) -> None:

@@ -1,9 +1,11 @@
 """The folder of one run: configuration, metrics, samples, plots, checkpoints, final policy."""
 
+import contextlib
 import importlib.metadata
 import json
 import platform
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -92,21 +94,20 @@ class RunDirectory:
         with path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
-    def rewind(self, iteration: int) -> None:
-        """Drops what was recorded after `iteration`, which is about to be done again."""
+    def read(self, path: Path) -> list[dict[str, Any]]:
+        """The records of `append`; a last line cut off by a kill is left out."""
+        records = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            with contextlib.suppress(ValueError):
+                records.append(json.loads(line))
+        return records
+
+    def rewind(self, iteration: int, phases: Collection[str]) -> None:
+        """Drops what the checkpoint of `iteration` does not know: later iterations, and evaluations not in `phases`."""
         for path in (self.metrics, self.samples):
-            if path.exists():
-                lines = [
-                    line for line in path.read_text(encoding="utf-8").splitlines() if _iteration(line) <= iteration
-                ]
-                path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-
-
-def _iteration(line: str) -> float:
-    try:
-        return json.loads(line)["iteration"]
-    except (ValueError, KeyError):
-        return float("inf")  # cut off by a kill in the middle of a line
+            known = [r for r in self.read(path) if r["iteration"] <= iteration and r.get("phase") in {None, *phases}]
+            path.unlink(missing_ok=True)
+            self.append(path, known)
 
 
 def _environment() -> dict[str, Any]:

@@ -103,11 +103,15 @@ def test_interrupted_and_resumed_equals_uninterrupted(job, tmp_path, monkeypatch
             train(config, broken_run)
         assert stop.value.exit_code == 143
         monkeypatch.setattr(PPOJob, "iterate", iterate)
-        broken_run.append(broken_run.metrics, [{"iteration": 99}])  # as if killed between a record and its checkpoint
+        with broken_run.metrics.open("a") as file:  # as if killed between a record and its checkpoint
+            file.write('{"iteration": 99}\n{"iteration": 0, "pha')
         train(broken_run.load_config(), broken_run)
         assert numbers(broken_run) == numbers(run)
         for file in ("samples.jsonl", "final/model.safetensors", "final/adapter/adapter_model.safetensors"):
             assert (broken_run.path / file).read_bytes() == (run.path / file).read_bytes()
+    before = numbers(run)
+    train(config, run)  # a finished run: evaluated and exported again, and nothing else
+    assert numbers(run) == before
 
 
 def test_a_reward_that_breaks_during_training_saves_first(job):
