@@ -284,6 +284,7 @@ def _loop(
 ) -> dict[str, Any]:
     training = job.config.training
     start = time.perf_counter() - seconds
+    durations: list[float] = []
 
     def save() -> None:
         checkpoints.save(done, job.state, {"seconds": time.perf_counter() - start, "evaluations": evaluations})
@@ -309,10 +310,11 @@ def _loop(
                 evaluate("before", reporter)
             while done < training.iterations:
                 stop_if_asked()
+                began = time.perf_counter()
                 metrics = job.iterate(done)
                 done += 1
-                left = (time.perf_counter() - start) / done * (training.iterations - done)
-                reporter.iteration(done, metrics, left)
+                durations.append(time.perf_counter() - began)
+                reporter.iteration(done, metrics, float(np.median(durations)) * (training.iterations - done))
                 if training.eval_every and done % training.eval_every == 0 and done < training.iterations:
                     evaluate(f"iteration {done}", reporter)
                 if done % training.checkpoint_every == 0 or done == training.iterations:

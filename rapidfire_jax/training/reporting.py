@@ -53,13 +53,21 @@ class Reporter:
             self._bar.update(self._task, completed=iteration, description=line)
         else:
             left = f"{int(seconds_left) // 60}:{int(seconds_left) % 60:02d} left"
-            print(f"iteration {iteration:3d}/{self._total}  {line}  {left}", flush=True)
+            self._say(f"iteration {iteration:3d}/{self._total}  {line}  {left}")
 
     def evaluation(self, iteration: int, phase: str, metrics: dict[str, float]) -> None:
         """Reports an evaluation on the held-out prompts."""
+        line = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+        self._say(f"held-out prompts, {phase}: {line}")
         prefixed = {f"eval/{name}": value for name, value in metrics.items()}
         self._run.append(self._run.metrics, [{"iteration": iteration, "phase": phase} | prefixed])
         self._scalars(iteration, prefixed)
+
+    def _say(self, line: str) -> None:
+        if self._bar:
+            self._bar.console.print(line, highlight=False)
+        else:
+            print(line, flush=True)
 
     def _scalars(self, iteration: int, metrics: dict[str, float]) -> None:
         if self._writer:
