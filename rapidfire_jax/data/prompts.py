@@ -63,6 +63,10 @@ def load_prompts(
     Raises:
       InputError: unreadable data, a prompt that is empty or too long, or too few prompts.
     """
+    if max_new_tokens >= context:
+        raise InputError(
+            f"rollout.max_new_tokens={max_new_tokens} leaves no room for a prompt in a context of {context}"
+        )
     path = locate(config.path)
     records = read_records(path, config.where, (config.column,))
     places = {row: fraction(record[config.column]) for row, record in records.items()}

@@ -27,6 +27,7 @@ def generate_text(
     Raises:
       InputError: an empty prompt, one longer than the context, or a model that cannot be loaded.
     """
+    model = FlaxAutoModelForCausalLM.from_pretrained(name)
     tokenizer = load_tokenizer(name)
     if chat and tokenizer.chat_template is None:
         raise InputError(f"{name}: the tokenizer has no chat template")
@@ -37,7 +38,6 @@ def generate_text(
         for p in prompts
     ]
     rows = [tokenizer(text)["input_ids"] for text in texts]
-    model = FlaxAutoModelForCausalLM.from_pretrained(name)
     room = model.config.max_positions - max_new_tokens
     for prompt, row in zip(prompts, rows, strict=True):
         if not 0 < len(row) <= room:

@@ -96,8 +96,8 @@ class PPOJob:
     def __init__(self, config: RunConfig):
         self.config = config
         self.reward: Reward = load_reward(config.reward)
-        self.tokenizer = load_tokenizer(config.model.name)
         model = FlaxAutoModelForCausalLM.from_pretrained(config.model.name, dtype=config.model.dtype)
+        self.tokenizer = load_tokenizer(config.model.name)
         self.prompts, self.held_out = load_prompts(
             config.data,
             self.tokenizer,

@@ -39,6 +39,7 @@ def check(result, *words: str):
         ({"data": {"column": "text"}}, ["text", "prompt"]),
         ({"data": {"max_prompt_length": 2}}, ["max_prompt_length"]),
         ({"rollout": {"max_new_tokens": 126}}, ["context 128"]),
+        ({"rollout": {"max_new_tokens": 128}}, ["max_new_tokens=128", "context of 128"]),
         ({"training": {"eval_prompts": 9999}}, ["9999"]),
         ({"reward": {"function": "tiny_rewards:leters"}}, ["leters", "letters"]),
         ({"reward": {"function": "no_such_module:f"}}, ["no_such_module"]),
