@@ -2,8 +2,6 @@
 
 import hashlib
 
-Range = tuple[float, float]
-
 
 def fraction(text: str, salt: str = "") -> float:
     """The place of `text` on the line [0, 1), the same on every machine and wherever it stands in a file.
@@ -14,8 +12,3 @@ def fraction(text: str, salt: str = "") -> float:
     normal = " ".join(text.lower().split())
     digest = hashlib.blake2b(normal.encode(errors="surrogatepass"), key=salt.encode(), digest_size=8).digest()
     return (int.from_bytes(digest) >> 11) / 2**53  # 53 bits: what a float holds without rounding up to 1
-
-
-def within(text: str, place: Range) -> bool:
-    """Whether `text` falls in [low, high) of the line."""
-    return place[0] <= fraction(text) < place[1]
