@@ -88,6 +88,7 @@ def generate(
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Wrap prompts in the model's chat template.")] = False,
+    adapter: Annotated[str | None, typer.Option(help="peft folder or repository to merge into the model.")] = None,
     debug: Debug = False,
 ) -> None:
     """Print the responses of a policy or model to some prompts."""
@@ -102,9 +103,38 @@ def generate(
         top_p=top_p,
         seed=seed,
         chat=chat,
+        adapter=adapter,
     )
     for text, response in zip(prompt, responses, strict=True):
         print(f"{text}\n-> {response}\n" if len(prompt) > 1 else response)
+
+
+@app.command()
+@_report_errors
+def export(
+    source: Annotated[
+        str, typer.Argument(metavar="RUN_OR_MODEL", help="Run directory, model folder, .gguf file or repository.")
+    ],
+    folder: Annotated[Path, typer.Argument(help="New, empty, or an earlier export, which is replaced.")],
+    adapter: Annotated[str | None, typer.Option(help="peft folder or repository to merge into the weights.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; auto: as stored.")] = "auto",
+    shard_gb: Annotated[float, typer.Option(min=0.001, help="Largest weight file, in GB.")] = 5.0,
+    debug: Debug = False,
+) -> None:
+    """Write a run's newest policy, or any model, as a Hugging Face folder."""
+    if (Path(source) / "config.yaml").is_file():
+        if adapter is not None or dtype != "auto":
+            raise InputError("--adapter and --dtype are for models; the policy of a run is written as it was trained")
+        from rapidfire_jax.training.ppo import export_checkpoint
+        from rapidfire_jax.training.run_directory import RunDirectory
+
+        iteration = export_checkpoint(RunDirectory.open(source), folder)
+        print(f"policy of iteration {iteration}: {folder}")
+        return
+    from rapidfire_jax.models.export import convert
+
+    convert(source, folder, adapter=adapter, dtype=dtype, max_shard_bytes=int(shard_gb * 1e9))
+    print(f"model: {folder}")
 
 
 def _policy_of(name: str) -> str:

@@ -26,7 +26,19 @@ class ModelConfig(Section):
     """Which weights the policy starts from."""
 
     name: Annotated[str, Field(min_length=1, description="folder, .gguf file, hub repository, or package://DIST/FILE")]
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    adapter: str | None = Field(default=None, description="peft folder or repository, merged into the weights")
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    compute_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        default=None, description="of activations and products; null: the weights'"
+    )
+
+
+class CriticConfig(Section):
+    """A critic that is a model of its own, started from a reward model."""
+
+    name: Annotated[str, Field(min_length=1, description="as model.name; a sequence classifier with one label")]
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
 
 class AdapterConfig(Section):
@@ -37,6 +49,7 @@ class AdapterConfig(Section):
     alpha: Annotated[float, Field(gt=0)] = 32.0
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     layers: Positive | None = Field(default=None, description="adapt only the last n layers; null: all")
+    rslora: bool = Field(default=False, description="scale by alpha / sqrt(rank) (Kalajdzievski 2023)")
 
 
 class DataConfig(Section):
@@ -146,6 +159,7 @@ class RunConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     run_dir: Annotated[str, Field(min_length=1)]
     model: ModelConfig
+    critic: CriticConfig | None = Field(default=None, description="null: a value head on the policy")
     adapter: AdapterConfig = AdapterConfig()
     data: DataConfig
     reward: Annotated[tuple[RewardConfig, ...], Field(min_length=1)]
@@ -167,6 +181,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"rollout.batch_size={self.rollout.batch_size} is not a multiple of "
                 f"rl.minibatches={self.rl.minibatches}"
+            )
+        if self.critic is not None and self.rollout.log_probs == "reuse":
+            raise ValueError(
+                "rollout.log_probs=reuse takes values from the decode, which a separate critic has no part in; "
+                "use recompute"
             )
         return self
 

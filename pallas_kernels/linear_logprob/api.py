@@ -23,6 +23,7 @@ def linear_logprob(
     targets: Int[Array, "*M"],
     *,
     temperature: Float[Array, ""] | float = 1.0,
+    soft_cap: float | None = None,
     chunk: int = CHUNK,
 ) -> LogProbs:
     """Log-probability of `targets` and entropy of `softmax(hidden @ head.T / temperature)`.
@@ -33,13 +34,15 @@ def linear_logprob(
         logp = jnp.take_along_axis(logps, targets[..., None], -1)[..., 0]
         entropy = -(jnp.exp(logps) * logps).sum(-1)
 
-    but never holds more than `[M, chunk]` logits, in the forward pass or in the backward pass.
+    with the logits bounded by `soft_cap * tanh(logits / soft_cap)` before the division if there is a soft cap. It never
+    holds more than `[M, chunk]` logits, in the forward pass or in the backward pass.
 
     Args:
       hidden: hidden states, any float dtype; products are accumulated in float32.
       head: rows of the output head, one a vocabulary entry (the layout of checkpoints and of tied embeddings).
       targets: token ids in `[0, V)`.
       temperature: divides the logits; a positive number, traced or not.
+      soft_cap: bound of the logits' size; Gemma 2 has one.
       chunk: columns of the vocabulary computed at a time.
 
     Gradients flow to `hidden` and `head`, from both results, and not to `temperature`.
@@ -57,5 +60,6 @@ def linear_logprob(
         targets.reshape(-1),
         jnp.asarray(temperature, jnp.float32),
         min(chunk, head.shape[0]),
+        soft_cap,
     )
     return LogProbs(logp.reshape(targets.shape), entropy.reshape(targets.shape))

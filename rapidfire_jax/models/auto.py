@@ -1,38 +1,166 @@
-"""The entry to pretrained models, under the name the Flax classes of transformers had."""
+"""The entry to pretrained models, under the names the Flax classes of transformers had."""
+
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
 
 from rapidfire_jax.errors import InputError
-from rapidfire_jax.models.config import from_gguf, from_hugging_face
-from rapidfire_jax.models.decoder import CausalLM
+from rapidfire_jax.models import flax_msgpack, safetensors
+from rapidfire_jax.models.config import DecoderConfig
+from rapidfire_jax.models.decoder import Decoder, Precision
+from rapidfire_jax.models.families import FAMILIES, Family, from_hugging_face
+from rapidfire_jax.models.families.gguf import GGUFCheckpoint, from_gguf, gguf_layout
 from rapidfire_jax.models.gguf import read_gguf
+from rapidfire_jax.models.heads import CausalLM, RewardModel, ValueHead
+from rapidfire_jax.models.lora import merge_lora
+from rapidfire_jax.models.peft import load_adapter
 from rapidfire_jax.models.sources import gguf_file, read_json, resolve
-from rapidfire_jax.models.weights import GGUF, load_gguf, load_safetensors
+from rapidfire_jax.models.weights import Checkpoint, Placement, load
 
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+VALUE_HEAD = "value_head.safetensors"
 
 
 class FlaxAutoModelForCausalLM:
     """Makes a `CausalLM` from whatever holds its weights."""
 
     @classmethod
-    def from_pretrained(cls, name: str, *, dtype: str = "float32") -> CausalLM:
-        """Loads a model.
+    def from_pretrained(
+        cls,
+        name: str,
+        *,
+        dtype: str = "float32",
+        compute_dtype: str | None = None,
+        output_dtype: str = "float32",
+        revision: str | None = None,
+        placement: Placement | None = None,
+    ) -> CausalLM:
+        """Loads a language model, with its value head if an earlier run saved one beside it.
 
         Args:
-          name: a folder with `config.json` and safetensors, a `.gguf` file or a folder with exactly one,
-            `package://DISTRIBUTION/PATH/IN/IT`, or a Hugging Face repository `organisation/name[@revision]`.
-          dtype: of the weights, "float32" or "bfloat16".
+          name: a folder with `config.json` and safetensors or `flax_model.msgpack`, a `.gguf` file or a folder with
+            exactly one, `package://DISTRIBUTION/PATH/IN/IT`, or a Hugging Face repository `organisation/name`.
+          dtype: of the weights: "float32", "bfloat16", "float16", or "auto", as they are stored.
+          compute_dtype: of activations and matrix products; None: that of the weights.
+          output_dtype: of the logits.
+          revision: branch, tag or commit of a repository; `name@revision` says the same. Cache, token and offline mode
+            are those of `huggingface_hub` (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE).
+          placement: gives the sharding of each parameter by its path and shape.
 
         Raises:
           InputError: nothing there, an unsupported architecture, or weights that do not fit the configuration.
         """
-        if dtype not in DTYPES:
-            raise InputError(f"dtype {dtype!r} is not supported; accepted: {', '.join(DTYPES)}")
-        path = resolve(name)
-        if (found := gguf_file(path)) is not None:
-            file = read_gguf(found)
-            tied = GGUF["lm_head"] not in file.tensors
-            return load_gguf(file, from_gguf(file.metadata, tied=tied, where=str(found)), dtype)
-        config_file = path / "config.json"
-        if not config_file.exists():
-            raise InputError(f"{path}: not a model: it holds neither config.json nor a .gguf file")
-        return load_safetensors(path, from_hugging_face(read_json(config_file), where=str(config_file)), dtype)
+        path = resolve(name, revision)
+        model = _load(CausalLM, path, dtype, compute_dtype, output_dtype, placement)
+        if path.is_dir() and (path / VALUE_HEAD).exists():
+            _load_value_head(model, path / VALUE_HEAD)
+        return model
+
+
+class FlaxAutoModelForSequenceClassification:
+    """Makes a `RewardModel` from a sequence classifier with one label."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str,
+        *,
+        dtype: str = "float32",
+        compute_dtype: str | None = None,
+        revision: str | None = None,
+        placement: Placement | None = None,
+    ) -> RewardModel:
+        """Loads a reward model; arguments and errors as for `FlaxAutoModelForCausalLM`.
+
+        A language model has no scalar head to load; `RewardModel.from_causal` puts a new one on its trunk.
+        """
+        return _load(RewardModel, resolve(name, revision), dtype, compute_dtype, "float32", placement)
+
+
+def load_language_model(name: str, *, adapter: str | None = None, **precision: Any) -> CausalLM:
+    """A language model with the adapter of a `peft` folder merged into it, if one is named; see `from_pretrained`."""
+    return _merged(FlaxAutoModelForCausalLM.from_pretrained(name, **precision), adapter)
+
+
+def load_model(name: str, *, adapter: str | None = None, **precision: Any) -> CausalLM | RewardModel:
+    """A language model or a sequence classifier, as the `architectures` of its configuration say."""
+    config = resolve(name) / "config.json"
+    architectures = read_json(config).get("architectures") if config.is_file() else None
+    if str(architectures).endswith("ForSequenceClassification']"):
+        return _merged(FlaxAutoModelForSequenceClassification.from_pretrained(name, **precision), adapter)
+    return load_language_model(name, adapter=adapter, **precision)
+
+
+def _merged[M: Decoder](model: M, adapter: str | None) -> M:
+    if adapter is None:
+        return model
+    load_adapter(model, adapter)
+    return merge_lora(model)
+
+
+def _load[M: Decoder](
+    kind: type[M],
+    path: Path,
+    dtype: str,
+    compute_dtype: str | None,
+    output_dtype: str,
+    placement: Placement | None,
+) -> M:
+    for key, value in (("dtype", dtype), ("compute_dtype", compute_dtype), ("output_dtype", output_dtype)):
+        accepted = DTYPES if key == "dtype" else DTYPES[:-1]
+        if value not in accepted and not (key == "compute_dtype" and value is None):
+            raise InputError(f"{key} {value!r} is not supported; accepted: {', '.join(accepted)}")
+    checkpoint, family, config = open_checkpoint(path)
+    return load(
+        kind,
+        checkpoint,
+        family,
+        config,
+        dtype=None if dtype == "auto" else dtype,
+        precision=Precision(compute_dtype, output_dtype),
+        placement=placement,
+    )
+
+
+def open_checkpoint(path: Path) -> tuple[Checkpoint, Family, DecoderConfig]:
+    """The tensors at `path`, how they are laid out, and the configuration beside them.
+
+    Raises:
+      InputError: no model there, a damaged file, a pickle, or an unsupported architecture.
+    """
+    if (found := gguf_file(path)) is not None:
+        file = read_gguf(found)
+        config = from_gguf(file)
+        return GGUFCheckpoint(file, config), gguf_layout(file, config), config
+    config_file = path / "config.json"
+    if not config_file.exists():
+        raise InputError(f"{path}: not a model: it holds neither config.json nor a .gguf file")
+    config = from_hugging_face(read_json(config_file), where=str(config_file))
+    if any((path / name).exists() for name in safetensors.FILES):
+        return safetensors.open_safetensors(path), FAMILIES[config.family], config
+    if any((path / name).exists() for name in (flax_msgpack.SINGLE, flax_msgpack.INDEX)):
+        return flax_msgpack.open_flax_msgpack(path), FAMILIES[config.family], config
+    raise InputError(_no_weights(path))
+
+
+def _no_weights(folder: Path) -> str:
+    message = f"{folder}: holds no model.safetensors, no flax_model.msgpack, and no index of either"
+    pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
+    if not pickles:
+        return message
+    return (
+        f"{message}; {', '.join(pickles)} cannot be read safely. Convert where PyTorch is installed: python -c "
+        f"\"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{folder}').save_pretrained('NEW')\""
+    )
+
+
+def _load_value_head(model: CausalLM, file: Path) -> None:
+    stored = safetensors.Safetensors(file, [file])
+    kernel, bias = "v_head.summary.weight", "v_head.summary.bias"
+    if stored.shapes != {kernel: (1, model.config.hidden_size), bias: (1,)}:
+        expected = f"{kernel} [1, {model.config.hidden_size}] and {bias} [1]"
+        raise InputError(f"{file}: holds {stored.shapes}; expected {expected}")
+    weights = (jnp.asarray(stored.read(name)[0], jnp.float32) for name in (kernel, bias))
+    model.add_value_head(ValueHead(*weights))

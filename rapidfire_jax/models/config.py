@@ -1,17 +1,20 @@
-"""Sizes and constants of a decoder, read from a Hugging Face `config.json` or from GGUF metadata."""
+"""What fixes the shapes and the arithmetic of a decoder, whatever the family."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 from rapidfire_jax.errors import InputError
+from rapidfire_jax.models.rope import Rope
 
-FAMILIES = ("llama",)
+ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "relu")
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
+    "max_positions", "norm_eps",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """What fixes the shapes and the arithmetic of a decoder. Static under jit."""
+    """Sizes and choices of one decoder. Static under jit; `families` reads it from `config.json` and GGUF metadata."""
 
     vocab_size: int
     hidden_size: int
@@ -21,108 +24,55 @@ class DecoderConfig:
     num_kv_heads: int
     head_dim: int
     max_positions: int
-    rope_theta: float = 10000.0
+    family: str = "llama"  # its `model_type`
+
+    rope: Rope | None = dataclasses.field(default_factory=Rope)  # None: a learned table of positions
+    local_rope: Rope | None = None  # of the local layers, where it differs
+    sliding_window: int | None = None  # a token of a local layer sees itself and the window - 1 before it
+    local_layers: tuple[int, ...] = ()
+
+    attention_scale: float | None = None  # of the scores; None: head_dim ** -0.5
+    attention_soft_cap: float | None = None  # scores become cap * tanh(scores / cap)
+    logit_soft_cap: float | None = None
+    qkv_bias: bool = False
+    output_bias: bool = False  # of the attention's output projection
+    mlp_bias: bool = False
+    qk_norm: bool = False  # RMSNorm of every query and key head
+
+    norm: str = "rms"  # or "layer"
+    norm_offset: float = 0.0  # added to the stored scale of an RMSNorm
     norm_eps: float = 1e-5
+    post_norms: bool = False  # of what attention and MLP add to the residual stream
+    parallel: bool = False  # attention and MLP read the same residual stream
+    gated: bool = True  # MLP: down(act(gate(x)) * up(x)); otherwise down(act(up(x)))
+    activation: str = "silu"
+    scale_embedding: bool = False  # by hidden_size ** 0.5
     tie_embeddings: bool = False
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if not isinstance(value, bool) and not value > 0:
-                raise InputError(f"model configuration: {field.name} must be positive, got {value!r}")
+        for name in SIZES:
+            if not getattr(self, name) > 0:
+                raise InputError(f"model configuration: {name} must be positive, got {getattr(self, name)!r}")
         if self.num_heads % self.num_kv_heads:
             raise InputError(
                 f"model configuration: {self.num_heads} query heads are not a multiple of {self.num_kv_heads} kv heads"
             )
+        if self.activation not in ACTIVATIONS:
+            raise InputError(
+                f"model configuration: activation {self.activation!r} is not supported; known: {', '.join(ACTIVATIONS)}"
+            )
+        for rope in filter(None, (self.rope, self.local_rope)):
+            self._check_rope(rope)
+        if self.local_layers and not self.sliding_window:
+            raise InputError(f"model configuration: sliding_window is {self.sliding_window}, but some layers are local")
 
-
-def from_hugging_face(config: Mapping[str, Any], where: str = "config.json") -> DecoderConfig:
-    """Reads a `config.json`, in the 4.x spelling (`rope_theta`) or the 5.x one (`rope_parameters`)."""
-    family = config.get("model_type")
-    if family not in FAMILIES:
-        raise InputError(f"{where}: model_type {family!r} is not supported; known: {', '.join(FAMILIES)}")
-    _refuse(config, where, hidden_act=("silu",), attention_bias=(False,), mlp_bias=(False,))
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type != "default":
-        raise InputError(f"{where}: rope type {rope_type!r} is not supported; known: default")
-    try:
-        heads = int(config["num_attention_heads"])
-        return DecoderConfig(
-            vocab_size=int(config["vocab_size"]),
-            hidden_size=int(config["hidden_size"]),
-            intermediate_size=int(config["intermediate_size"]),
-            num_layers=int(config["num_hidden_layers"]),
-            num_heads=heads,
-            num_kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or int(config["hidden_size"]) // heads),
-            max_positions=int(config.get("max_position_embeddings", 2048)),
-            rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
-            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-        )
-    except KeyError as error:
-        raise InputError(f"{where}: key {error.args[0]!r} is missing") from None
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{where}: {error}") from None
-
-
-def to_hugging_face(config: DecoderConfig, *, dtype: str) -> dict[str, Any]:
-    """The `config.json` of a Llama checkpoint, readable by transformers 4 and 5."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": config.max_positions,
-        "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tie_embeddings,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "torch_dtype": dtype,
-    }
-
-
-def from_gguf(metadata: Mapping[str, Any], *, tied: bool, where: str) -> DecoderConfig:
-    """Reads GGUF metadata. `tied`: the file holds no `output.weight`."""
-    family = metadata.get("general.architecture")
-    if family not in FAMILIES:
-        raise InputError(f"{where}: GGUF architecture {family!r} is not supported; known: {', '.join(FAMILIES)}")
-    if metadata.get("llama.rope.scaling.type", "none") != "none":
-        raise InputError(f"{where}: rope scaling {metadata['llama.rope.scaling.type']!r} is not supported; known: none")
-    if metadata.get("llama.expert_count", 0):
-        raise InputError(f"{where}: mixtures of experts are not supported")
-    try:
-        heads = int(metadata["llama.attention.head_count"])
-        width = int(metadata["llama.embedding_length"])
-        return DecoderConfig(
-            vocab_size=int(metadata.get("llama.vocab_size") or len(metadata["tokenizer.ggml.tokens"])),
-            hidden_size=width,
-            intermediate_size=int(metadata["llama.feed_forward_length"]),
-            num_layers=int(metadata["llama.block_count"]),
-            num_heads=heads,
-            num_kv_heads=int(metadata.get("llama.attention.head_count_kv", heads)),
-            head_dim=int(metadata.get("llama.attention.key_length", width // heads)),
-            max_positions=int(metadata["llama.context_length"]),
-            rope_theta=float(metadata.get("llama.rope.freq_base", 10000.0)),
-            norm_eps=float(metadata["llama.attention.layer_norm_rms_epsilon"]),
-            tie_embeddings=tied,
-        )
-    except KeyError as error:
-        raise InputError(f"{where}: metadata key {error.args[0]!r} is missing") from None
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{where}: {error}") from None
-
-
-def _refuse(config: Mapping[str, Any], where: str, **accepted: tuple[Any, ...]) -> None:
-    for key, values in accepted.items():
-        if config.get(key, values[0]) not in values:
-            raise InputError(f"{where}: {key}={config[key]!r} is not supported; accepted: {list(values)}")
+    def _check_rope(self, rope: Rope) -> None:
+        rotated = rope.rotated(self.head_dim)
+        if rotated % 2 or not rotated:
+            raise InputError(
+                f"model configuration: {rotated} of {self.head_dim} entries of a head would be rotated; expected an "
+                "even number"
+            )
+        for factors in (rope.short_factors, rope.long_factors) if rope.type == "longrope" else ():
+            if len(factors) != rotated // 2:
+                raise InputError(f"model configuration: {len(factors)} rope factors, expected {rotated // 2}")

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from rapidfire_jax.errors import InputError
+from rapidfire_jax.models.gguf_blocks import BLOCKS, decode
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -34,23 +35,13 @@ SCALARS = {
 }
 STRING, ARRAY = 8, 9
 
-# Codes of tensor types, for messages; those that can be read have an entry in BLOCKS.
+# Codes of tensor types, for messages; those that can be read have an entry in `BLOCKS`.
 TYPES = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K",
     12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S",
     20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
     29: "IQ1_M", 30: "BF16", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
 }  # fmt: skip
-
-# Values in a block, and the block as it lies in the file.
-BLOCKS: dict[str, tuple[int, np.dtype]] = {
-    "F32": (1, np.dtype("<f4")),
-    "F16": (1, np.dtype("<f2")),
-    "BF16": (1, np.dtype("<u2")),
-    "Q8_0": (32, np.dtype([("scale", "<f2"), ("values", "i1", 32)])),
-    "Q4_0": (32, np.dtype([("scale", "<f2"), ("values", "u1", 16)])),
-    "Q4_1": (32, np.dtype([("scale", "<f2"), ("least", "<f2"), ("values", "u1", 16)])),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +65,11 @@ class GGUFFile:
     def dequantize(self, name: str) -> np.ndarray:
         """Tensor `name` as float32, in `tensors[name].shape`."""
         info = self.tensors[name]
-        if not info.blocks:
-            return np.zeros(info.shape, np.float32)
-        block = BLOCKS[info.type][1]
-        raw = np.memmap(self.path, block, "r", info.offset, (info.blocks,))
-        return _decode(raw, info.type).reshape(info.shape)
+        # Read, not mapped: the pages of a mapping would stay resident beside the result.
+        raw = np.fromfile(self.path, BLOCKS[info.type][1], info.blocks, offset=info.offset)
+        if len(raw) < info.blocks:
+            raise InputError(f"{self.path}: the data of tensor {name!r} is cut short since the file was opened")
+        return decode(raw, info.type).reshape(info.shape)
 
 
 def read_gguf(path: str | Path) -> GGUFFile:
@@ -189,29 +180,10 @@ def _check_types(path: Path, table: dict[str, tuple[tuple[int, ...], str, int]])
 
 def _locate(cursor: _Cursor, name: str, shape: tuple[int, ...], kind: str, offset: int, start: int) -> TensorInfo:
     values, block = BLOCKS[kind]
-    if shape and shape[-1] % values:
-        raise InputError(f"{cursor.path}: tensor {name!r} has rows of {shape[-1]} values, not a multiple of {values}")
+    row = shape[-1] if shape else 1
+    if row % values:
+        raise InputError(f"{cursor.path}: tensor {name!r} has rows of {row} values, not a multiple of {values}")
     info = TensorInfo(kind, shape, start + offset, math.prod(shape) // values)
     cursor.at = info.offset
     cursor.take(info.blocks * block.itemsize, f"the data of tensor {name!r}")
     return info
-
-
-def _decode(raw: np.ndarray, kind: str) -> np.ndarray:
-    """Blocks -> float32, in the order of the file; `scale * value + least` for the quantised ones."""
-    if kind in ("F32", "F16"):
-        return raw.astype(np.float32)
-    if kind == "BF16":
-        return (raw.astype(np.uint32) << 16).view(np.float32)
-    scale = raw["scale"].astype(np.float32)[:, None]
-    if kind == "Q8_0":
-        return raw["values"] * scale
-    nibbles = np.empty((len(raw), 32), np.float32)
-    np.bitwise_and(raw["values"], 15, out=nibbles[:, :16], casting="unsafe")
-    np.right_shift(raw["values"], 4, out=nibbles[:, 16:], casting="unsafe")
-    if kind == "Q4_0":
-        nibbles -= 8
-    nibbles *= scale
-    if kind == "Q4_1":
-        nibbles += raw["least"].astype(np.float32)[:, None]
-    return nibbles

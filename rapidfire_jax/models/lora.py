@@ -1,57 +1,88 @@
-"""Low-rank adapters (Hu et al. 2021) on the projections of a `CausalLM`."""
+"""Low-rank adapters (Hu et al. 2021) on the projections of a decoder."""
+
+import math
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from rapidfire_jax.errors import InputError
-from rapidfire_jax.models.decoder import CausalLM
+from rapidfire_jax.models.decoder import Decoder
+from rapidfire_jax.models.families import FAMILIES
 from rapidfire_jax.models.weights import assemble, parameters
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def projections(targets: str | tuple[str, ...]) -> tuple[str, ...]:
-    """The projections that `targets` means: "all-linear", one name, or several.
+def projections(model: Decoder, targets: str | tuple[str, ...]) -> tuple[str, ...]:
+    """The projections of `model` that `targets` means: "all-linear", one name, or several.
+
+    A name is one of ours, or the end of a module's name in the model's Hugging Face checkpoints (`c_attn` means query,
+    key and value of GPT-2).
 
     Raises:
-      InputError: no name, or an unknown one.
+      InputError: no name, or one that is not in the model.
     """
+    present = [name for name in PROJECTIONS if getattr(model.blocks, name) is not None]
     if targets == "all-linear":
-        return PROJECTIONS
-    names = (targets,) if isinstance(targets, str) else tuple(targets)
-    unknown = [name for name in names if name not in PROJECTIONS]
-    if unknown or not names:
-        raise InputError(f"adapter targets {list(names)}: known are all-linear or any of {', '.join(PROJECTIONS)}")
-    return names
+        return tuple(present)
+    modules = {name: module_name(model, name) for name in present}
+    chosen, unknown = set(), []
+    for target in (targets,) if isinstance(targets, str) else targets:
+        meant = {name for name, module in modules.items() if target == name or f".{module}".endswith(f".{target}")}
+        chosen |= meant
+        if not meant:
+            unknown.append(target)
+    if unknown or not chosen:
+        known = ", ".join(dict.fromkeys([*present, *(module.split(".")[-1] for module in modules.values())]))
+        raise InputError(f"adapter targets {unknown}: this model has all-linear or any of {known}")
+    return tuple(name for name in present if name in chosen)
+
+
+def module_name(model: Decoder, projection: str) -> str:
+    """The module of a Hugging Face checkpoint that holds a projection; {} is the layer."""
+    return FAMILIES[model.config.family].names[f"blocks.{projection}.kernel"].removesuffix(".weight")
 
 
 def add_lora(
-    model: CausalLM, *, rank: int, alpha: float, targets: str | tuple[str, ...], key: Array, layers: int | None = None
+    model: Decoder,
+    *,
+    rank: int,
+    alpha: float,
+    targets: str | tuple[str, ...],
+    key: Array,
+    layers: int | None = None,
+    rslora: bool = False,
 ) -> None:
-    """Adds adapters to `model`, in place, scaled by `alpha / rank`; its outputs stay what they were.
+    """Adds adapters to `model`, in place; its outputs stay what they were.
 
-    `layers`: only on that many layers at the top, split off if they are not yet; None: on all.
+    Args:
+      model: without adapters.
+      rank, alpha: adapters are scaled by `alpha / rank`.
+      targets: see `projections`.
+      key: initialises the adapters.
+      layers: only on that many layers at the top, split off if they are not yet; None: on all.
+      rslora: scale by `alpha / sqrt(rank)` instead (Kalajdzievski 2023).
     """
-    chosen = projections(targets)
+    chosen = projections(model, targets)
     if layers is not None and not model.is_split:
         model.split_blocks(layers)
     for name, one in zip(PROJECTIONS, jax.random.split(key, len(PROJECTIONS)), strict=True):
         if name in chosen:
-            getattr(model.stacks[-1], name).add_lora(rank, alpha / rank, one)
+            getattr(model.stacks[-1], name).add_lora(rank, alpha / (math.sqrt(rank) if rslora else rank), one)
 
 
-def merge_lora(model: CausalLM) -> CausalLM:
+def merge_lora[M: Decoder](model: M) -> M:
     """A new model in one stack with the adapters folded into the kernels, and without adapters and value head."""
     arrays = parameters(model)
-    stack = "top_blocks" if model.is_split else "blocks"
-    for name in PROJECTIONS:
-        linear = getattr(model.stacks[-1], name)
-        if linear.lora_scale is not None:
-            kernel, scaled_b = linear.kernel[...], linear.lora_b[...] * linear.lora_scale
-            delta = jnp.einsum("lir,lro->lio", linear.lora_a[...], scaled_b, precision="highest")
-            arrays[f"{stack}.{name}.kernel"] = (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
+    for prefix, stack in zip(("blocks", "top_blocks"), model.stacks, strict=False):
+        for name in PROJECTIONS:
+            linear = getattr(stack, name)
+            if linear is not None and linear.lora_scale is not None:
+                kernel, scaled_b = linear.kernel[...], linear.lora_b[...] * linear.lora_scale
+                delta = jnp.einsum("lir,lro->lio", linear.lora_a[...], scaled_b, precision="highest")
+                arrays[f"{prefix}.{name}.kernel"] = (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
     for path in [path for path in arrays if path.startswith("top_blocks.") and ".lora_" not in path]:
         below = path.removeprefix("top_")
         arrays[below] = jnp.concatenate([arrays[below], arrays[path]])
-    return assemble(model.config, arrays)
+    return assemble(type(model), model.config, arrays, model.precision)

@@ -1,7 +1,8 @@
 """A policy with its critic and its reference as pure functions of two parameter trees.
 
 `frozen` holds the weights the run started from, and so is the reference policy. `trainable` holds what is optimised:
-adapters and value head with LoRA, otherwise a full copy of the weights and the value head.
+adapters and value head with LoRA, otherwise a full copy of the weights and the value head. Both are `Parts`: the
+policy's, and those of a critic that is a model of its own.
 """
 
 import dataclasses
@@ -13,10 +14,18 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import linear_logprob
-from rapidfire_jax.models.decoder import CausalLM, ValueParam
+from rapidfire_jax.models.decoder import Decoder
+from rapidfire_jax.models.heads import CausalLM, RewardModel, ValueParam
 from rapidfire_jax.models.lora import add_lora
 
 type Params = Any  # a pytree of arrays
+
+
+class Parts(NamedTuple):
+    """Parameters of the policy and of a separate critic; None: the critic is a head on the policy's trunk."""
+
+    policy: Params
+    critic: Params | None = None
 
 
 class TokenOutputs(NamedTuple):
@@ -32,85 +41,135 @@ class Inputs(NamedTuple):
 
     tokens: Int[Array, "B S"]
     attention_mask: Bool[Array, "B S"]
-    lower: (
-        Float[Array, "B S D"] | None
-    )  # residual stream above the last layer that nothing trains; None: all are trained
+    lower: Parts  # residual streams [B, S, D] above the last layer that nothing trains; None: all are trained
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
     """The static half of a model; hashable, so that it can be a static argument of jit."""
 
-    graphdef: Any
-    reference_graphdef: Any
+    graphdefs: Parts
+    reference_graphdefs: Parts  # without adapters and value head
     full: bool  # every weight is trained, not adapters
     remat: bool = False
 
-    def merge(self, frozen: Params, trainable: Params) -> CausalLM:
+    def merge(self, frozen: Parts, trainable: Parts) -> CausalLM:
         """The model of the trained policy."""
-        return nnx.merge(self.graphdef, trainable) if self.full else nnx.merge(self.graphdef, frozen, trainable)
+        return self._merge(self.graphdefs.policy, frozen.policy, trainable.policy)
 
-    def encode(self, frozen: Params, tokens: Int[Array, "B S"], attention_mask: Bool[Array, "B S"]) -> Inputs:
+    def merge_critic(self, frozen: Parts, trainable: Parts) -> RewardModel | None:
+        """The model of the trained critic, if it is separate."""
+        if self.graphdefs.critic is None:
+            return None
+        return self._merge(self.graphdefs.critic, frozen.critic, trainable.critic)
+
+    def encode(self, frozen: Parts, tokens: Int[Array, "B S"], attention_mask: Bool[Array, "B S"]) -> Inputs:
         """The part of a forward pass that training cannot change, once for the policy, the reference and all epochs."""
-        if self.full:
-            return Inputs(tokens, attention_mask, None)
-        return Inputs(tokens, attention_mask, nnx.merge(self.reference_graphdef, frozen).lower(tokens, attention_mask))
+        lower = Parts(None)
+        if not self.full:
+            lower = Parts(
+                *(
+                    None if graphdef is None else nnx.merge(graphdef, weights).lower(tokens, attention_mask)
+                    for graphdef, weights in zip(self.reference_graphdefs, frozen, strict=True)
+                )
+            )
+        return Inputs(tokens, attention_mask, lower)
 
     def apply(
         self,
-        frozen: Params,
-        trainable: Params,
+        frozen: Parts,
+        trainable: Parts,
         inputs: Inputs,
         response_length: int,
         temperature: Float[Array, ""] | float,
     ) -> TokenOutputs:
-        """Log-probability, entropy and value of the last `response_length` tokens, from one pass through the trunk.
+        """Log-probability, entropy and value of the last `response_length` tokens, from one pass through each trunk.
 
         Gradients flow to `trainable`: from the log-probabilities and entropies through head and trunk, from the values
         through value head and trunk.
         """
-        model = self.merge(frozen, trainable)
-        hidden = _before_response(model, inputs, response_length, self.remat)
-        targets = inputs.tokens[:, -response_length:]
-        logp_t, entropy_t = linear_logprob(hidden, model.head, targets, temperature=temperature)
-        return TokenOutputs(logp_t, entropy_t, model.value(hidden))
+        model, critic = self.merge(frozen, trainable), self.merge_critic(frozen, trainable)
+        hidden = _before_response(model, inputs, inputs.lower.policy, response_length, self.remat)
+        logp_t, entropy_t = _log_probs(model, hidden, inputs, temperature)
+        if critic is None:
+            return TokenOutputs(logp_t, entropy_t, model.value(hidden))
+        hidden = _before_response(critic, inputs, inputs.lower.critic, response_length, self.remat)
+        return TokenOutputs(logp_t, entropy_t, critic.value(hidden))
 
     def reference(
-        self, frozen: Params, inputs: Inputs, response_length: int, temperature: Float[Array, ""] | float
+        self, frozen: Parts, inputs: Inputs, response_length: int, temperature: Float[Array, ""] | float
     ) -> Float[Array, "B T"]:
         """Log-probability of the last `response_length` tokens under the policy the run started from."""
-        model = nnx.merge(self.reference_graphdef, frozen)
-        hidden = _before_response(model, inputs, response_length, remat=False)
-        return linear_logprob(hidden, model.head, inputs.tokens[:, -response_length:], temperature=temperature).logp
+        model = nnx.merge(self.reference_graphdefs.policy, frozen.policy)
+        hidden = _before_response(model, inputs, inputs.lower.policy, response_length, remat=False)
+        return _log_probs(model, hidden, inputs, temperature)[0]
+
+    def _merge(self, graphdef: Any, frozen: Params, trainable: Params) -> Any:
+        return nnx.merge(graphdef, trainable) if self.full else nnx.merge(graphdef, frozen, trainable)
 
 
 def make_policy(
-    model: CausalLM, key: Array, *, lora: dict[str, Any] | None, remat: bool = False
-) -> tuple[Policy, Params, Params]:
+    model: CausalLM,
+    key: Array,
+    *,
+    lora: dict[str, Any] | None,
+    critic: RewardModel | None = None,
+    remat: bool = False,
+) -> tuple[Policy, Parts, Parts]:
     """Splits a loaded model, once, into `(policy, frozen, trainable)`. The model gains the adapters and a value head.
 
     Args:
-      model: as loaded, without adapters.
+      model: as loaded, without adapters; a value head that it brings is trained on.
       key: initialises the adapters.
-      lora: `rank`, `alpha`, `targets` and `layers` of `add_lora`, or None to train every weight.
+      lora: arguments of `add_lora` but its key, or None to train every weight.
+      critic: a model of its own, of any size but with the same vocabulary, trained like the policy; None: a value head
+        on the policy's trunk.
       remat: recompute each layer in the backward pass instead of keeping its activations.
     """
+    if critic is None:
+        parts = [Parts(part) for part in _split(model, lora, key, value_head=True)]
+    else:
+        of_policy = _split(model, lora, key, value_head=False)
+        of_critic = _split(critic, lora, jax.random.fold_in(key, 1), value_head=True)
+        parts = [Parts(*pair) for pair in zip(of_policy, of_critic, strict=True)]
+    graphdefs, reference_graphdefs, frozen, trainable = parts
+    return Policy(graphdefs, reference_graphdefs, full=lora is None, remat=remat), frozen, trainable
+
+
+def _split(
+    model: CausalLM | RewardModel, lora: dict[str, Any] | None, key: Array, *, value_head: bool
+) -> tuple[Any, Any, Params, Params]:
+    """Graph definitions with and without what is added for training, frozen and trainable parameters."""
     if lora is not None and lora.get("layers") is not None:
+        if isinstance(model, RewardModel):
+            lora = lora | {"layers": min(lora["layers"], model.config.num_layers)}
         model.split_blocks(lora["layers"])
+    head = model.remove_value_head()
     reference_graphdef, frozen = nnx.split(model)
     if lora is not None:
         add_lora(model, **lora, key=key)
-    model.add_value_head()
+    if value_head:
+        model.add_value_head(head)
     if lora is None:
         graphdef, trainable = nnx.split(model)
         trainable = jax.tree.map(jnp.copy, trainable)
     else:
         graphdef, trainable, *_ = nnx.split(model, nnx.Any(nnx.LoRAParam, ValueParam), ...)
-    return Policy(graphdef, reference_graphdef, full=lora is None, remat=remat), frozen, trainable
+    return graphdef, reference_graphdef, frozen, trainable
 
 
-def _before_response(model: CausalLM, inputs: Inputs, response_length: int, remat: bool) -> Float[Array, "B T D"]:
+def _before_response(
+    model: Decoder, inputs: Inputs, lower: Float[Array, "B S D"] | None, response_length: int, remat: bool
+) -> Float[Array, "B T D"]:
     """Hidden states from which the response tokens were predicted: one position earlier than the tokens."""
-    tokens, mask, lower = inputs
+    tokens, mask, _ = inputs
     x = model.lower(tokens, mask) if lower is None else lower
     return model.upper(x, mask, remat=remat)[:, -response_length - 1 : -1]
+
+
+def _log_probs(
+    model: CausalLM, hidden: Float[Array, "B T D"], inputs: Inputs, temperature: Float[Array, ""] | float
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """Log-probability and entropy of the response tokens from the hidden states before them."""
+    targets = inputs.tokens[:, -hidden.shape[1] :]
+    return linear_logprob(hidden, model.head, targets, temperature=temperature, soft_cap=model.config.logit_soft_cap)

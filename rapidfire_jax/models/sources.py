@@ -3,22 +3,24 @@
 import importlib.metadata
 import json
 import re
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from rapidfire_jax.errors import InputError
 
 PACKAGE = "package://"
-HUB_ID = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "merges.txt", "vocab.txt"]
+HUB_ID = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(/(?P<file>[\w./-]+\.gguf))?(@(?P<revision>[\w./-]+))?")
+HUB_FILES = ("*.json", "*.jinja", "tokenizer*", "merges.txt", "vocab.txt")
+HUB_WEIGHTS = ("*.safetensors", "flax_model*.msgpack", "*.gguf")  # the first kind that is there is taken
 
 
-def resolve(name: str) -> Path:
+def resolve(name: str, revision: str | None = None) -> Path:
     """The local file or folder that `name` stands for, downloaded if it is a Hugging Face repository.
 
     Args:
-      name: `package://DISTRIBUTION/PATH/IN/IT`, a file or folder, or `organisation/repository[@revision]`. A name that
-        starts with `/`, `./`, `../` or `~`, or ends in `.gguf`, is only ever a path.
+      name: `package://DISTRIBUTION/PATH/IN/IT`, a file or folder, or `organisation/repository[/FILE.gguf][@revision]`.
+        A name that starts with `/`, `./`, `../` or `~` is only ever a path.
+      revision: branch, tag or commit of a repository, if the name does not say.
 
     Raises:
       InputError: nothing stands there, or it cannot be reached.
@@ -29,9 +31,9 @@ def resolve(name: str) -> Path:
     if path.exists():
         return path
     hub = HUB_ID.fullmatch(name)
-    if name.startswith(("/", "./", "../", "~")) or name.endswith(".gguf") or hub is None:
+    if name.startswith(("/", "./", "../", "~")) or hub is None:
         raise InputError(f"{name}: no such folder or file")
-    return _from_hub(name, hub["repository"], hub["revision"])
+    return _from_hub(name, hub["repository"], hub["file"], hub["revision"] or revision)
 
 
 def gguf_file(path: Path) -> Path | None:
@@ -67,6 +69,24 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_weight_map(index: Path) -> dict[str, str]:
+    """The table of a checkpoint's index: tensor name -> file in the same folder.
+
+    Raises:
+      InputError: no table, or a file that is missing or outside the folder of the index.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index}: key 'weight_map' is missing or empty; expected tensor name -> file")
+    weight_map = {name: str(file) for name, file in weight_map.items()}
+    for name in sorted(set(weight_map.values())):
+        if PurePath(name).is_absolute() or ".." in PurePath(name).parts or "\\" in name:
+            raise InputError(f"{index}: names {name!r}, which is outside the folder")
+        if not (index.parent / name).is_file():
+            raise InputError(f"{index}: names {name!r}, which is not a file in the folder")
+    return weight_map
+
+
 def _in_package(name: str) -> Path:
     distribution, _, inside = name.removeprefix(PACKAGE).partition("/")
     if not distribution or not inside:
@@ -81,11 +101,27 @@ def _in_package(name: str) -> Path:
     return path
 
 
-def _from_hub(name: str, repository: str, revision: str | None) -> Path:
-    import huggingface_hub  # only those who download wait for it
+def _from_hub(name: str, repository: str, file: str | None, revision: str | None) -> Path:
+    """Downloads what a model needs, weights in one format only; offline, takes what the cache holds."""
+    import huggingface_hub as hub  # only those who download wait for it
+
+    def has_weights(folder: Path) -> bool:
+        return any(next(folder.glob(pattern), None) for pattern in HUB_WEIGHTS)
 
     try:
-        return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=HUB_FILES))
+        if file is not None:
+            return Path(hub.hf_hub_download(repository, file, revision=revision))
+        for weights in HUB_WEIGHTS[:-1]:
+            patterns = [*HUB_FILES, weights]
+            folder = Path(hub.snapshot_download(repository, revision=revision, allow_patterns=patterns))
+            if has_weights(folder):
+                return folder
+        found = [f for f in hub.HfApi().list_repo_files(repository, revision=revision) if f.endswith(".gguf")]
+        if len(found) > 1:
+            raise InputError(f"{name}: holds {len(found)} GGUF files; name one: {repository}/{found[0]}")
+        return Path(hub.hf_hub_download(repository, found[0], revision=revision)) if found else folder
+    except InputError:
+        raise
     except (OSError, ValueError) as error:  # every error of huggingface_hub is one of these
         reason = str(error).strip().partition("\n")[0]
         raise InputError(

@@ -49,6 +49,19 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
     return tokenizer
 
 
+def check_vocabulary(name: str, vocab_size: int, tokenizer: "PreTrainedTokenizerFast") -> None:
+    """Refuses a model with fewer embeddings than the tokenizer has tokens; more of them are padding.
+
+    Raises:
+      InputError: naming both numbers.
+    """
+    if len(tokenizer) > vocab_size:
+        raise InputError(
+            f"{name}: the tokenizer has {len(tokenizer)} tokens, the model {vocab_size} embeddings; the tokenizer "
+            "belongs to another model"
+        )
+
+
 def _transformers() -> Any:
     """transformers, imported on first use because it takes seconds, without its advice to install PyTorch."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

@@ -10,7 +10,8 @@ from jaxtyping import Array, Bool, Float, Int
 from rapidfire_jax.rollout.sampling import draw
 
 if TYPE_CHECKING:
-    from rapidfire_jax.models.decoder import CausalLM, KVCache
+    from rapidfire_jax.models.decoder import KVCache
+    from rapidfire_jax.models.heads import CausalLM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,7 @@ def generate(
       temperature: divides the logits; traced, so changing it compiles nothing.
       config: static settings.
 
-    No gradient flows: wrap nothing around this. Activations and cache have the dtype of the embedding table.
+    No gradient flows: wrap nothing around this. Activations and cache have the compute dtype of the model.
     """
     B, P = prompts.shape
     T = config.max_new_tokens
@@ -77,7 +78,7 @@ def generate(
     def choose(loop: _Loop, hidden: Float[Array, "B D"]) -> _Loop:
         """Draws token t of the rows that are still running, from the hidden states before it."""
         key, now = jax.random.split(loop.key)
-        logits = model.logits(hidden) / temperature
+        logits = model.logits(hidden).astype(jnp.float32) / temperature
         token, logp = draw(now, logits, top_k=config.top_k, top_p=config.top_p, greedy=config.greedy)
         token = jnp.where(loop.running, token, config.pad_id)
         value = model.value(hidden) if model.has_value_head else jnp.zeros((B,))

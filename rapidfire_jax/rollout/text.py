@@ -6,8 +6,8 @@ import jax
 import numpy as np
 
 from rapidfire_jax.errors import InputError
-from rapidfire_jax.models.auto import FlaxAutoModelForCausalLM
-from rapidfire_jax.models.tokenizer import load_tokenizer
+from rapidfire_jax.models.auto import load_language_model
+from rapidfire_jax.models.tokenizer import check_vocabulary, load_tokenizer
 from rapidfire_jax.rollout.generate import SamplingConfig, generate
 
 
@@ -21,14 +21,18 @@ def generate_text(
     top_p: float = 1.0,
     seed: int = 0,
     chat: bool = False,
+    adapter: str | None = None,
 ) -> list[str]:
     """Loads a model and returns its response to each prompt; `temperature=0` takes the most likely token.
+
+    `adapter` names a `peft` folder or repository to merge into the model.
 
     Raises:
       InputError: an empty prompt, one longer than the context, or a model that cannot be loaded.
     """
-    model = FlaxAutoModelForCausalLM.from_pretrained(name)
+    model = load_language_model(name, adapter=adapter)
     tokenizer = load_tokenizer(name)
+    check_vocabulary(name, model.config.vocab_size, tokenizer)
     if chat and tokenizer.chat_template is None:
         raise InputError(f"{name}: the tokenizer has no chat template")
     texts = [

@@ -8,7 +8,7 @@ import dataclasses
 import resource
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,12 @@ from rapidfire_jax.algorithms.ppo import PPOConfig, PPOHParams, Rollouts, TrainS
 from rapidfire_jax.config import OptimizerConfig, RunConfig
 from rapidfire_jax.data.prompts import PromptSet, batch_indices, load_prompts, pad_batch, prompt_buckets
 from rapidfire_jax.errors import InputError
-from rapidfire_jax.models.auto import FlaxAutoModelForCausalLM
-from rapidfire_jax.models.export import save_adapter, save_pretrained
+from rapidfire_jax.models.auto import FlaxAutoModelForSequenceClassification, load_language_model
+from rapidfire_jax.models.export import save_pretrained
+from rapidfire_jax.models.heads import CausalLM, RewardModel
+from rapidfire_jax.models.peft import save_adapter
 from rapidfire_jax.models.policy import Policy, make_policy
-from rapidfire_jax.models.tokenizer import load_tokenizer
+from rapidfire_jax.models.tokenizer import check_vocabulary, load_tokenizer
 from rapidfire_jax.rewards.base import Reward, load_reward
 from rapidfire_jax.rollout.generate import SamplingConfig, generate
 from rapidfire_jax.training.checkpoint import Checkpoints
@@ -32,6 +34,9 @@ from rapidfire_jax.training.interrupt import Interrupted, InterruptGuard
 from rapidfire_jax.training.plots import plot_run
 from rapidfire_jax.training.reporting import Reporter, print_comparison
 from rapidfire_jax.training.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +62,8 @@ def compile_programs(
 
     def rollout(frozen, trainable, ids, mask, key, temperature):
         model = policy.merge(cast(frozen), trainable if not policy.full else cast(trainable))
+        if dtype is not None:
+            model.precision = dataclasses.replace(model.precision, compute=dtype)
         out = generate(model, ids, mask, key, temperature, config=sampling)
         return Rollouts(out.tokens, out.attention_mask, out.mask_t, out.ended, out.logp_t, out.v_t)
 
@@ -96,8 +103,7 @@ class PPOJob:
     def __init__(self, config: RunConfig):
         self.config = config
         self.reward: Reward = load_reward(config.reward)
-        model = FlaxAutoModelForCausalLM.from_pretrained(config.model.name, dtype=config.model.dtype)
-        self.tokenizer = load_tokenizer(config.model.name)
+        model, critic, self.tokenizer = load_models(config)
         self.prompts, self.held_out = load_prompts(
             config.data,
             self.tokenizer,
@@ -110,18 +116,7 @@ class PPOJob:
 
         key = jax.random.key(config.seed)
         model_key, self.train_key, self.eval_key = jax.random.split(key, 3)
-        adapter = config.adapter
-        lora = adapter.model_dump(exclude={"type"}) if adapter.type == "lora" else None
-        self.policy, frozen, trainable = make_policy(model, model_key, lora=lora, remat=config.memory.remat == "full")
-        optim, rl = config.optimizer, config.rl
-        optimizer = make_optimizer(
-            optim.name,
-            betas=optim.betas,
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
-            max_grad_norm=optim.max_grad_norm,
-        )
-        self.state: TrainState = init_state(frozen, trainable, optimizer)
+        self.policy, optimizer, self.state = start(config, model, critic, model_key)
         self.buckets = prompt_buckets(config.data.max_prompt_length)
         sampling = SamplingConfig(
             max_new_tokens=config.rollout.max_new_tokens,
@@ -129,6 +124,7 @@ class PPOJob:
             top_k=config.rollout.top_k,
             top_p=config.rollout.top_p,
         )
+        rl = config.rl
         static = PPOConfig(
             epochs=rl.epochs,
             minibatches=rl.minibatches,
@@ -218,20 +214,62 @@ class PPOJob:
             buckets=self.buckets,
         )
 
-    def export(self, folder: Path) -> None:
-        """Writes the policy as a Hugging Face folder (adapters merged), and the adapter alone in PEFT format."""
-        model = self.policy.merge(self.state.frozen, self.state.trainable)
-        save_pretrained(model, folder, self.tokenizer)
-        adapter = self.config.adapter
-        if adapter.type == "lora":
-            save_adapter(
-                model,
-                folder / "adapter",
-                base_model_name=self.config.model.name,
-                rank=adapter.rank,
-                alpha=adapter.alpha,
-                targets=adapter.targets,
-            )
+
+def load_models(config: RunConfig) -> tuple[CausalLM, RewardModel | None, "PreTrainedTokenizerFast"]:
+    """The policy's model, the separate critic's if there is one, and the tokenizer that both fit."""
+    model, critic = load_language_model(**config.model.model_dump()), None
+    tokenizer = load_tokenizer(config.model.name)
+    check_vocabulary(config.model.name, model.config.vocab_size, tokenizer)
+    if config.critic is not None:
+        critic = FlaxAutoModelForSequenceClassification.from_pretrained(**config.critic.model_dump())
+        check_vocabulary(config.critic.name, critic.config.vocab_size, tokenizer)
+    return model, critic, tokenizer
+
+
+def start(
+    config: RunConfig, model: CausalLM, critic: RewardModel | None, key: jax.Array
+) -> tuple[Policy, optax.GradientTransformation, TrainState]:
+    """The policy, its optimiser and the state before the first iteration."""
+    adapter, optim = config.adapter, config.optimizer
+    lora = adapter.model_dump(exclude={"type"}) if adapter.type == "lora" else None
+    policy, frozen, trainable = make_policy(model, key, lora=lora, critic=critic, remat=config.memory.remat == "full")
+    optimizer = make_optimizer(
+        optim.name,
+        betas=optim.betas,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        max_grad_norm=optim.max_grad_norm,
+    )
+    return policy, optimizer, init_state(frozen, trainable, optimizer)
+
+
+def export_policy(
+    config: RunConfig, policy: Policy, state: TrainState, tokenizer: "PreTrainedTokenizerFast", folder: Path
+) -> None:
+    """Writes the policy as a Hugging Face folder (adapters merged), its adapter and a separate critic below it."""
+    model = policy.merge(state.frozen, state.trainable)
+    save_pretrained(model, folder, tokenizer)
+    if config.adapter.type == "lora" and config.model.adapter is None:
+        save_adapter(model, folder / "adapter", base_model_name=config.model.name, rslora=config.adapter.rslora)
+    if (critic := policy.merge_critic(state.frozen, state.trainable)) is not None:
+        save_pretrained(critic, folder / "critic", tokenizer)
+
+
+def export_checkpoint(run: RunDirectory, folder: Path) -> int:
+    """Writes the policy of a run's newest checkpoint, finished or not; the iteration it is of.
+
+    Raises:
+      InputError: no checkpoint yet, or `folder` holds something else.
+    """
+    config = run.load_config()
+    checkpoints = Checkpoints(run.checkpoints, config.training.keep_checkpoints)
+    if checkpoints.latest is None:
+        raise InputError(f"{run.path}: the run has saved no checkpoint yet")
+    model, critic, tokenizer = load_models(config)
+    policy, _, state = start(config, model, critic, jax.random.key(0))
+    export_policy(config, policy, checkpoints.restore(state)[0], tokenizer, folder)
+    checkpoints.close()
+    return checkpoints.latest
 
 
 def peak_bytes() -> int:
@@ -282,12 +320,12 @@ def _loop(
     seconds: float,
     evaluations: dict[str, Any],
 ) -> dict[str, Any]:
-    training = job.config.training
-    start = time.perf_counter() - seconds
+    config, training = job.config, job.config.training
+    began_at = time.perf_counter() - seconds
     durations: list[float] = []
 
     def save() -> None:
-        checkpoints.save(done, job.state, {"seconds": time.perf_counter() - start, "evaluations": evaluations})
+        checkpoints.save(done, job.state, {"seconds": time.perf_counter() - began_at, "evaluations": evaluations})
 
     def stop_if_asked() -> None:
         if guard.signum is not None:
@@ -328,13 +366,13 @@ def _loop(
             save()
         raise
 
-    job.export(run.final)
+    export_policy(config, job.policy, job.state, job.tokenizer, run.final)
     records = run.read(run.metrics)
     plot_run(records, run.plots)
     summary = {
         "before": evaluations["before"],
         "after": evaluations["after"],
-        "seconds": time.perf_counter() - start,
+        "seconds": time.perf_counter() - began_at,
         "iterations": done,
         "tokens_per_second": float(np.median([r["tokens_per_second"] for r in records if "tokens_per_second" in r])),
         "peak_bytes": peak_bytes(),

@@ -5,7 +5,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from rapidfire_jax.models.decoder import CausalLM
+from rapidfire_jax.models.heads import CausalLM
 
 BYTES = [chr(c) for c in [*range(33, 127), *range(161, 173), *range(174, 256)]]
 BYTES += [chr(256 + i) for i in range(256 - len(BYTES))]  # GPT-2's printable stand-ins for all 256 bytes
@@ -85,6 +85,6 @@ def write_model(path: Path, model: CausalLM, **changes) -> Path:
         "block_count": c.num_layers, "context_length": c.max_positions, "embedding_length": c.hidden_size,
         "feed_forward_length": c.intermediate_size, "attention__head_count": c.num_heads,
         "attention__head_count_kv": c.num_kv_heads, "attention__key_length": c.head_dim, "vocab_size": c.vocab_size,
-        "rope__freq_base": c.rope_theta, "attention__layer_norm_rms_epsilon": c.norm_eps,
+        "rope__freq_base": c.rope.theta, "attention__layer_norm_rms_epsilon": c.norm_eps,
     }  # fmt: skip
     return write_gguf(path, tensors=tensors, tokenizer={}, **(settings | changes))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rapidfire_jax.models.config import DecoderConfig
-from rapidfire_jax.models.decoder import CausalLM
+from rapidfire_jax.models.heads import CausalLM
 
 TINY = DecoderConfig(
     vocab_size=67, hidden_size=24, intermediate_size=40, num_layers=3, num_heads=6, num_kv_heads=2, head_dim=8,

@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rapidfire_jax.models.decoder import CausalLM, RMSNorm, attend, count_positions, rotary_angles, rotate
+from rapidfire_jax.models.decoder import count_positions
+from rapidfire_jax.models.heads import CausalLM
+from rapidfire_jax.models.layers import RMSNorm, attend
+from rapidfire_jax.models.rope import Rope, rotate, rotations
 from tests.helpers.tiny import TINY, padded_batch, tiny_model
 from tests.helpers.tolerances import F32, F32_LONG
 
@@ -38,12 +41,12 @@ def test_rotary_against_complex_rotation(theta):
     x, positions = normal(0, 2, 4, 3, 8), np.array([[0, 0, 1, 2], [3, 40, 500, 6000]])
     frequencies = theta ** (-np.arange(4) / 4)
     turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * positions[..., None, None] * frequencies)
-    angles = rotary_angles(jnp.asarray(positions, jnp.int32), 8, theta)
+    turns = rotations(Rope(theta=theta), jnp.asarray(positions, jnp.int32), 8)
     # float32 angles of thousands of radians are exact to about 5e-4
     expected = np.concatenate([turned.real, turned.imag], -1)
-    np.testing.assert_allclose(rotate(jnp.asarray(x), angles), expected, rtol=1e-3, atol=2e-3)
+    np.testing.assert_allclose(rotate(jnp.asarray(x), *turns), expected, rtol=1e-3, atol=2e-3)
     near = positions < 10
-    np.testing.assert_allclose(np.asarray(rotate(jnp.asarray(x), angles))[near], expected[near], **F32)
+    np.testing.assert_allclose(np.asarray(rotate(jnp.asarray(x), *turns))[near], expected[near], **F32)
 
 
 def test_grouped_query_attention_against_a_loop():
@@ -86,7 +89,7 @@ def test_forward_against_numpy(tied):
 
     def turn(x):
         half = TINY.head_dim // 2
-        angle = np.arange(6)[:, None, None] * TINY.rope_theta ** (-np.arange(half) / half)
+        angle = np.arange(6)[:, None, None] * TINY.rope.theta ** (-np.arange(half) / half)
         z = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle)
         return np.concatenate([z.real, z.imag], -1)
 

@@ -9,9 +9,10 @@ from safetensors.numpy import load_file
 
 from rapidfire_jax.errors import InputError
 from rapidfire_jax.models.auto import FlaxAutoModelForCausalLM
-from rapidfire_jax.models.decoder import CausalLM
-from rapidfire_jax.models.export import save_adapter, save_pretrained
+from rapidfire_jax.models.heads import CausalLM
+from rapidfire_jax.models.export import save_pretrained
 from rapidfire_jax.models.lora import add_lora, merge_lora
+from rapidfire_jax.models.peft import save_adapter
 from rapidfire_jax.models.tokenizer import load_tokenizer
 from rapidfire_jax.models.weights import parameters
 from tests.helpers.gguf_files import write_gguf
@@ -97,11 +98,11 @@ def test_tokenizer_and_generation_settings(tmp_path, tokenizer):
 
 def test_adapter_in_the_layout_of_peft(tmp_path):
     model = adapted_model()
-    save_adapter(model, tmp_path / "a", base_model_name="org/base", rank=2, alpha=5.0, targets=("q_proj", "down_proj"))
+    save_adapter(model, tmp_path / "a", base_model_name="org/base")
     config = json.loads((tmp_path / "a/adapter_config.json").read_text())
     assert (config["peft_type"], config["task_type"]) == ("LORA", "CAUSAL_LM")
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (2, 5.0, "org/base")
-    assert config["target_modules"] == ["q_proj", "down_proj"]
+    assert config["target_modules"] == ["down_proj", "q_proj"]
     tensors = load_file(tmp_path / "a/adapter_model.safetensors")
     assert len(tensors) == 2 * 2 * 3
     a = tensors["base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"]
@@ -151,7 +152,7 @@ def test_adapters_on_the_top_layers_only(tmp_path, tokenizer):
     model = tiny_model()
     add_lora(model, rank=2, alpha=4.0, targets=("v_proj",), key=jax.random.key(0), layers=2)
     model.top_blocks.v_proj.lora_b[...] = jax.random.normal(jax.random.key(1), (2, 2, 16))
-    save_adapter(model, tmp_path / "a", base_model_name="org/base", rank=2, alpha=4.0, targets="v_proj")
+    save_adapter(model, tmp_path / "a", base_model_name="org/base")
     assert json.loads((tmp_path / "a/adapter_config.json").read_text())["layers_to_transform"] == [1, 2]
     tensors = load_file(tmp_path / "a/adapter_model.safetensors")
     a = tensors.pop("base_model.model.model.layers.2.self_attn.v_proj.lora_A.weight")

@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 
 from rapidfire_jax.errors import InputError
-from rapidfire_jax.models.decoder import CausalLM
+from rapidfire_jax.models.heads import CausalLM
 from rapidfire_jax.models.lora import PROJECTIONS, add_lora, merge_lora
 from rapidfire_jax.models.weights import parameters
 from tests.helpers.tiny import TINY, padded_batch, tiny_model
@@ -96,5 +96,5 @@ def _as_bfloat16(model):
 
 @pytest.mark.parametrize("targets", [("q_proj", "lm_head"), "qproj", ()])
 def test_unknown_targets(targets):
-    with pytest.raises(InputError, match="known are all-linear or any of q_proj, k_proj"):
+    with pytest.raises(InputError, match="this model has all-linear or any of q_proj, k_proj"):
         add_lora(tiny_model(), rank=2, alpha=2.0, targets=targets, key=jax.random.key(0))

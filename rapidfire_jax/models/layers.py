@@ -1,0 +1,187 @@
+"""The parts of a decoder layer as Flax NNX modules.
+
+Shapes: B sequences, S tokens, C keys, D width, N query heads, K key/value heads, H head width, F ffn width. A module
+computes in the dtype of its input; norms and the attention's softmax are float32.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float
+
+from rapidfire_jax.models.config import DecoderConfig
+from rapidfire_jax.models.rope import rotate
+
+_tanh_gelu = partial(jax.nn.gelu, approximate=True)
+ACTIVATION: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_new": _tanh_gelu,
+    "gelu_pytorch_tanh": _tanh_gelu,
+    "gelu_fast": _tanh_gelu,
+    "relu": jax.nn.relu,
+}
+
+
+class View(NamedTuple):
+    """What the layers of one kind, local or global, see."""
+
+    mask: Bool[Array, "B S C"]
+    rotation: tuple[Float[Array, "B S half"], Float[Array, "B S half"]] | None  # cosines and sines
+
+
+class Linear(nnx.Module):
+    """`x W + b`, plus `scale * (x A) B` once `add_lora` has been called."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = False, dtype: DTypeLike, rngs: nnx.Rngs):
+        init = jax.nn.initializers.normal(0.02)
+        self.kernel = nnx.Param(init(rngs.params(), (in_features, out_features), dtype))
+        self.bias = nnx.Param(jnp.zeros((out_features,), dtype)) if bias else None
+        self.lora_scale: float | None = None
+
+    def add_lora(self, rank: int, scale: float, key: Array) -> None:
+        """Adds adapter leaves: A uniform as in `peft` (Kaiming, a=sqrt 5), B zero, so that nothing changes at first."""
+        *layers, in_features, out_features = self.kernel.shape
+        bound = in_features**-0.5
+        self.lora_a = nnx.LoRAParam(jax.random.uniform(key, (*layers, in_features, rank), jnp.float32, -bound, bound))
+        self.lora_b = nnx.LoRAParam(jnp.zeros((*layers, rank, out_features), jnp.float32))
+        self.lora_scale = scale
+
+    def __call__(self, x: Float[Array, "*M in"]) -> Float[Array, "*M out"]:
+        """The product, in the dtype of `x`."""
+        y = x @ self.kernel[...].astype(x.dtype)
+        if self.bias is not None:
+            y += jnp.broadcast_to(self.bias[...].astype(x.dtype), y.shape)
+        if self.lora_scale is not None:
+            y += (x @ self.lora_a[...].astype(x.dtype)) @ (self.lora_b[...] * self.lora_scale).astype(x.dtype)
+        return y
+
+
+class RMSNorm(nnx.Module):
+    """Zhang and Sennrich 2019, statistics in float32; so is the scale if an `offset` is added to it (Gemma: 1)."""
+
+    def __init__(self, features: int, eps: float, offset: float = 0.0, *, dtype: DTypeLike):
+        self.scale = nnx.Param(jnp.full((features,), 1 - offset, dtype))
+        self.eps = eps
+        self.offset = offset
+
+    def __call__(self, x: Float[Array, "*M D"]) -> Float[Array, "*M D"]:
+        """`x` with a root mean square of 1, times the scale."""
+        x32 = x.astype(jnp.float32)
+        x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        if self.offset:
+            return (x32 * jnp.broadcast_to(self.scale[...].astype(jnp.float32) + self.offset, x.shape)).astype(x.dtype)
+        return x32.astype(x.dtype) * jnp.broadcast_to(self.scale[...].astype(x.dtype), x.shape)
+
+
+class LayerNorm(nnx.Module):
+    """Ba et al. 2016, in float32."""
+
+    def __init__(self, features: int, eps: float, *, dtype: DTypeLike):
+        self.scale = nnx.Param(jnp.ones((features,), dtype))
+        self.bias = nnx.Param(jnp.zeros((features,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*M D"]) -> Float[Array, "*M D"]:
+        """`x` with mean 0 and variance 1, times the scale, plus the bias."""
+        x32 = x.astype(jnp.float32)
+        x32 -= x32.mean(axis=-1, keepdims=True)
+        x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        scale, bias = (jnp.broadcast_to(p[...].astype(jnp.float32), x.shape) for p in (self.scale, self.bias))
+        return (x32 * scale + bias).astype(x.dtype)
+
+
+def make_norm(config: DecoderConfig, *, dtype: DTypeLike) -> RMSNorm | LayerNorm:
+    """The norm of the residual stream."""
+    if config.norm == "layer":
+        return LayerNorm(config.hidden_size, config.norm_eps, dtype=dtype)
+    return RMSNorm(config.hidden_size, config.norm_eps, config.norm_offset, dtype=dtype)
+
+
+def attend(
+    q: Float[Array, "B S N H"],
+    k: Float[Array, "B C K H"],
+    v: Float[Array, "B C K H"],
+    mask: Bool[Array, "B S C"],
+    *,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+) -> Float[Array, "B S N H"]:
+    """Grouped-query attention with a float32 softmax. A query that may see no key gets a finite, meaningless row.
+
+    Args:
+      scale: of the scores; `H ** -0.5` by default.
+      soft_cap: bounds the scores by `soft_cap * tanh(scores / soft_cap)` before the mask (Gemma 2).
+    """
+    B, S, N, H = q.shape
+    grouped = q.reshape(B, S, k.shape[2], N // k.shape[2], H)
+    scores = jnp.einsum("bskgh,bckh->bkgsc", grouped, k, preferred_element_type=jnp.float32)
+    scores *= H**-0.5 if scale is None else scale
+    if soft_cap is not None:
+        scores = jnp.tanh(scores / soft_cap) * soft_cap
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgsc,bckh->bskgh", weights, v).reshape(B, S, N, H)
+
+
+class Block(nnx.Module):
+    """One layer: attention and MLP, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        linear = partial(Linear, dtype=dtype, rngs=rngs)
+        norm = partial(make_norm, config, dtype=dtype)
+        head_norm = partial(RMSNorm, config.head_dim, config.norm_eps, config.norm_offset, dtype=dtype)
+        D, F, H = config.hidden_size, config.intermediate_size, config.head_dim
+        self.config = config
+        self.attention_norm = norm()
+        self.q_proj = linear(D, config.num_heads * H, bias=config.qkv_bias)
+        self.k_proj = linear(D, config.num_kv_heads * H, bias=config.qkv_bias)
+        self.v_proj = linear(D, config.num_kv_heads * H, bias=config.qkv_bias)
+        self.q_norm = head_norm() if config.qk_norm else None
+        self.k_norm = head_norm() if config.qk_norm else None
+        self.o_proj = linear(config.num_heads * H, D, bias=config.output_bias)
+        self.attention_post_norm = norm() if config.post_norms else None
+        self.mlp_norm = norm()
+        self.gate_proj = linear(D, F, bias=config.mlp_bias) if config.gated else None
+        self.up_proj = linear(D, F, bias=config.mlp_bias)
+        self.down_proj = linear(F, D, bias=config.mlp_bias)
+        self.mlp_post_norm = norm() if config.post_norms else None
+
+    def __call__(self, x, view: View, *, cache=None, slot=None):
+        """Returns the new residual stream and this layer's keys and values (those of the whole cache, if given).
+
+        `cache` is a pair `[B, C, K, H]`; the S tokens of `x` are written to it from `slot` on.
+        """
+        attended, pair = self._attention(self.attention_norm(x), view, cache, slot)
+        if self.attention_post_norm is not None:
+            attended = self.attention_post_norm(attended)
+        if self.config.parallel:
+            return x + attended + self._mlp(self.mlp_norm(x)), pair
+        x += attended
+        update = self._mlp(self.mlp_norm(x))
+        return x + (update if self.mlp_post_norm is None else self.mlp_post_norm(update)), pair
+
+    def _attention(self, x, view: View, cache, slot):
+        B, S, _ = x.shape
+        q, k, v = (proj(x).reshape(B, S, -1, self.config.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if view.rotation is not None:
+            q, k = rotate(q, *view.rotation), rotate(k, *view.rotation)
+        if cache is not None:
+            k, v = (
+                jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis=1)
+                for old, new in zip(cache, (k, v), strict=True)
+            )
+        mixed = attend(q, k, v, view.mask, scale=self.config.attention_scale, soft_cap=self.config.attention_soft_cap)
+        return self.o_proj(mixed.reshape(B, S, -1)), (k, v)
+
+    def _mlp(self, x):
+        act = ACTIVATION[self.config.activation]
+        up = self.up_proj(x)
+        return self.down_proj(act(up) if self.gate_proj is None else act(self.gate_proj(x)) * up)
