@@ -17,18 +17,24 @@ from .algorithms.ppo import (
     ppo_targets,
     ppo_update,
 )
-from .models.auto import FlaxAutoModelForCausalLM
+from .models.auto import FlaxAutoModelForCausalLM, FlaxAutoModelForSequenceClassification
+from .models.export import save_pretrained
+from .models.heads import CausalLM, RewardModel
+from .models.peft import load_adapter, save_adapter
 from .models.policy import Policy, make_policy
 from .models.tokenizer import load_tokenizer
 from .rollout.generate import Generation, SamplingConfig, generate
 
 __all__ = [
+    "CausalLM",
     "FlaxAutoModelForCausalLM",
+    "FlaxAutoModelForSequenceClassification",
     "Generation",
     "PPOBatch",
     "PPOConfig",
     "PPOHParams",
     "Policy",
+    "RewardModel",
     "Rollouts",
     "SamplingConfig",
     "TrainState",
@@ -36,6 +42,7 @@ __all__ = [
     "generate",
     "init_state",
     "kl_estimate",
+    "load_adapter",
     "load_tokenizer",
     "make_optimizer",
     "make_policy",
@@ -45,4 +52,6 @@ __all__ = [
     "ppo_step",
     "ppo_targets",
     "ppo_update",
+    "save_adapter",
+    "save_pretrained",
 ]

@@ -14,7 +14,7 @@ from rapidfire_jax.models.families import FAMILIES, Family, to_hugging_face
 from rapidfire_jax.models.folders import replacing
 from rapidfire_jax.models.heads import CausalLM, RewardModel
 from rapidfire_jax.models.lora import merge_lora
-from rapidfire_jax.models.tokenizer import check_vocabulary, load_tokenizer
+from rapidfire_jax.models.tokenizer import check_vocabulary, load_tokenizer, stop_ids
 from rapidfire_jax.models.weights import Stored, parameters, stored_tensors, to_stored
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def save_pretrained(
     folder: str | Path,
     tokenizer: "PreTrainedTokenizerFast | None" = None,
     *,
+    eos_ids: tuple[int, ...] = (),
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Writes a Hugging Face folder: configuration, weights with adapters merged, tokenizer, and the value head beside.
@@ -36,6 +37,7 @@ def save_pretrained(
       model: a language model or a reward model, with or without adapters and value head; written in its dtype.
       folder: new, empty, or an earlier export, which is replaced.
       tokenizer: written with its chat template; its special tokens go into the configuration.
+      eos_ids: tokens that end a response, if there are others than the tokenizer's.
       max_shard_bytes: larger weights are split over files, with an index.
 
     Raises:
@@ -47,11 +49,12 @@ def save_pretrained(
     special = {}
     if tokenizer is not None:
         special = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
+    generation = special | ({"eos_token_id": list(eos_ids)} if len(eos_ids) > 1 else {})
     with replacing(Path(folder)) as new:
         config = to_hugging_face(model.config, dtype=merged["embedding"].dtype.name, scalar_head=is_reward)
         _write_json(new / "config.json", config | special)
         if not is_reward:
-            _write_json(new / "generation_config.json", special)
+            _write_json(new / "generation_config.json", generation)
         stored = stored_tensors(family, merged, model.config.num_layers)
         _save_shards(merged, stored, family, model.config.num_heads, new, max_shard_bytes)
         if isinstance(model, CausalLM) and model.has_value_head:
@@ -79,7 +82,8 @@ def convert(
     model = load_model(source, adapter=adapter, dtype=dtype)
     tokenizer = load_tokenizer(source)
     check_vocabulary(source, model.config.vocab_size, tokenizer)
-    save_pretrained(model, folder, tokenizer, max_shard_bytes=max_shard_bytes)
+    eos_ids = stop_ids(source, tokenizer)
+    save_pretrained(model, folder, tokenizer, eos_ids=eos_ids, max_shard_bytes=max_shard_bytes)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

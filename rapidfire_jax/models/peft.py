@@ -21,6 +21,7 @@ from rapidfire_jax.errors import InputError
 from rapidfire_jax.models.decoder import Decoder, stack_size
 from rapidfire_jax.models.families import FAMILIES
 from rapidfire_jax.models.folders import replacing
+from rapidfire_jax.models.heads import RewardModel, ValueHead
 from rapidfire_jax.models.lora import PROJECTIONS, module_name
 from rapidfire_jax.models.safetensors import Safetensors
 from rapidfire_jax.models.sources import read_json, resolve
@@ -28,7 +29,12 @@ from rapidfire_jax.models.weights import from_stored, to_stored
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
-UNSUPPORTED = ("use_dora", "use_qalora", "lora_bias", "layer_replication", "modules_to_save", "trainable_token_indices")
+UNSUPPORTED = (
+    "use_dora", "use_qalora", "use_bdlora", "lora_bias", "layer_replication",
+    "trainable_token_indices", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config",
+)  # fmt: skip
+SCORE = "base_model.model.score.weight"  # the whole head of a sequence classifier stands beside its adapters
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of `init_lora_weights`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +57,10 @@ def load_adapter(model: Decoder, name: str) -> None:
     folder = resolve(name)
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
         raise InputError(f"{folder}: not an adapter: it must hold {CONFIG} and {WEIGHTS}")
-    found = _read(folder, model)
+    found, score = _read(folder, model)
+    if score is not None:
+        assert isinstance(model, RewardModel)
+        model.add_value_head(ValueHead(jnp.asarray(score, model.score.dtype), None))
     family = dataclasses.replace(FAMILIES[model.config.family], transposed=False)
     for first, stack in model.numbered_stacks():
         layers = range(first, first + stack_size(stack))
@@ -95,8 +104,7 @@ def save_adapter(model: Decoder, folder: str | Path, *, base_model_name: str, rs
         if getattr(model.blocks, projection) is not None:
             modules.setdefault(module_name(model, projection), []).append(projection)
     tensors: dict[str, np.ndarray] = {}
-    ranks: dict[str, tuple[int, float]] = {}
-    adapted: set[int] = set()
+    kinds: dict[str, dict[int, tuple[int, float]]] = {}  # rank and alpha in each layer
     for first, stack in model.numbered_stacks():
         for pattern, parts in modules.items():
             if all(getattr(stack, part).lora_scale is None for part in parts):
@@ -108,14 +116,22 @@ def save_adapter(model: Decoder, folder: str | Path, *, base_model_name: str, rs
                 prefix = f"base_model.model.{pattern.format(first + i)}"
                 tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"] = adapter.a, adapter.b
                 rank = adapter.a.shape[0]
-                ranks[_target(pattern, list(modules))] = rank, adapter.scale * (math.sqrt(rank) if rslora else rank)
-                adapted.add(first + i)
+                alpha = adapter.scale * (math.sqrt(rank) if rslora else rank)
+                kinds.setdefault(pattern, {})[first + i] = rank, alpha
     if not tensors:
         raise InputError("the model has no adapters to save")
+    adapted = next(iter(kinds.values())).keys()
+    if all(layers.keys() == adapted and len(set(layers.values())) == 1 for layers in kinds.values()):
+        ranks = {_target(pattern, list(modules)): next(iter(layers.values())) for pattern, layers in kinds.items()}
+    else:  # every module by its full name
+        ranks = {pattern.format(i): kind for pattern, layers in kinds.items() for i, kind in layers.items()}
+    if isinstance(model, RewardModel):
+        tensors[SCORE] = np.asarray(model.score[...])[None]
     rank, alpha = max(set(ranks.values()), key=list(ranks.values()).count)
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if hasattr(model, "logits") else "SEQ_CLS",
+        "task_type": "SEQ_CLS" if isinstance(model, RewardModel) else "CAUSAL_LM",
+        "modules_to_save": ["classifier", "score"] if isinstance(model, RewardModel) else None,
         "base_model_name_or_path": base_model_name,
         "r": rank,
         "lora_alpha": alpha,
@@ -166,8 +182,8 @@ def _target(pattern: str, patterns: list[str]) -> str:
     return pattern
 
 
-def _read(folder: Path, model: Decoder) -> dict[str, _Adapter]:
-    """The adapter of every module, checked against the model."""
+def _read(folder: Path, model: Decoder) -> tuple[dict[str, _Adapter], np.ndarray | None]:
+    """The adapter of every module and the scalar head, checked against the model."""
     config = read_json(folder / CONFIG)
     where = folder / CONFIG
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
@@ -178,11 +194,23 @@ def _read(folder: Path, model: Decoder) -> dict[str, _Adapter]:
     for key in UNSUPPORTED:
         if config.get(key):
             raise InputError(f"{where}: {key}={config[key]!r} is not supported")
+    initial = str(config.get("init_lora_weights"))
+    if initial.lower().startswith(CHANGE_THE_BASE):
+        raise InputError(
+            f"{where}: init_lora_weights={initial!r} is not supported: the adapter fits a changed base model; save it "
+            "with path_initial_model_for_weight_conversion"
+        )
+    saved = set(config.get("modules_to_save") or ()) - {"classifier", "score"}
+    if saved:
+        raise InputError(f"{where}: modules_to_save={config['modules_to_save']!r} is not supported; accepted: score")
     stored = Safetensors(folder / WEIGHTS, [folder / WEIGHTS])
     sides: dict[str, dict[str, str]] = {}
     problems = []
-    for name in stored.shapes:
-        if match := TENSOR.fullmatch(name):
+    score = None
+    for name, shape in stored.shapes.items():
+        if name == SCORE and isinstance(model, RewardModel) and shape == (1, model.config.hidden_size):
+            score = stored.read(name)[0]
+        elif match := TENSOR.fullmatch(name):
             sides.setdefault(match["module"], {})[match["side"]] = name
         else:
             problems.append(f"unexpected: {name}")
@@ -208,7 +236,7 @@ def _read(folder: Path, model: Decoder) -> dict[str, _Adapter]:
         )
     if not found:
         raise InputError(f"{folder / WEIGHTS}: holds no adapters")
-    return found
+    return found, score
 
 
 def _modules(model: Decoder) -> dict[str, tuple[int, int]]:
@@ -229,6 +257,6 @@ def _scale(config: dict[str, Any], module: str, rank: int, where: Path) -> float
         if re.fullmatch(rf"(.*\.)?({pattern})", module):
             alpha = value
             break
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
-        raise InputError(f"{where}: lora_alpha={alpha!r}; expected a number")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or alpha == 0:
+        raise InputError(f"{where}: lora_alpha={alpha!r}; expected a number other than 0")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -55,7 +56,7 @@ def rotations(
 ) -> tuple[Float[Array, "B S half"], Float[Array, "B S half"]]:
     """Cosine and sine of every angle `position * frequency`, float32.
 
-    "dynamic" and "longrope" choose the frequencies of a row by the largest position in it.
+    "dynamic" and "longrope" choose the frequencies of a sequence by its length, which is where `positions` stop rising.
     """
     angles = positions[..., None].astype(jnp.float32) * _frequencies(rope, positions, rope.rotated(head_dim))
     return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
@@ -73,20 +74,20 @@ def rotate(
     return jnp.concatenate([rotated, rest], axis=-1) if rest.shape[-1] else rotated
 
 
-def _frequencies(rope: Rope, positions: Int[Array, "B S"], dim: int) -> Float[Array, "rows 1 half"]:
-    """Radians a position: one row for all sequences, or one for each where they depend on its length."""
+def _frequencies(rope: Rope, positions: Int[Array, "B S"], dim: int) -> Float[Array, "B S half"]:
+    """Radians a position, of one token for all where they do not depend on the length of its sequence."""
     exponents = np.arange(0, dim, 2) / dim
     inverse = rope.theta**-exponents
     original = rope.original_positions or 0
-    length = positions.max(axis=1) + 1
     if rope.type == "dynamic":
         # NTK-aware: the base grows with the sequence, so that the slowest frequency spans it.
-        stretched = jnp.maximum(length, original).astype(jnp.float32) * (rope.factor / original) - (rope.factor - 1)
+        length = jnp.maximum(_lengths(positions), original).astype(jnp.float32)
+        stretched = rope.factor * length / original - (rope.factor - 1)
         base = rope.theta * stretched ** (dim / (dim - 2))
-        return base[:, None, None] ** jnp.asarray(-exponents, jnp.float32)[None, None]
+        return base[..., None] ** jnp.asarray(-exponents, jnp.float32)[None, None]
     if rope.type == "longrope":
         short, long = (jnp.asarray(inverse / np.array(f), jnp.float32) for f in (rope.short_factors, rope.long_factors))
-        return jnp.where((length > original)[:, None], long[None], short[None])[:, None]
+        return jnp.where((_lengths(positions) > original)[..., None], long[None, None], short[None, None])
     if rope.type == "linear":
         inverse = inverse / rope.factor
     elif rope.type == "llama3":
@@ -94,6 +95,14 @@ def _frequencies(rope: Rope, positions: Int[Array, "B S"], dim: int) -> Float[Ar
     elif rope.type == "yarn":
         inverse = _yarn(rope, inverse, original)
     return jnp.asarray(inverse, jnp.float32)[None, None]
+
+
+def _lengths(positions: Int[Array, "B S"]) -> Int[Array, "B S"]:
+    """Length of each token's sequence: one more than the next position after which a new sequence begins."""
+    S = positions.shape[1]
+    ends = jnp.pad(positions[:, 1:] < positions[:, :-1], ((0, 0), (0, 1)), constant_values=True)
+    end = jax.lax.cummin(jnp.where(ends, jnp.arange(S)[None], S), axis=1, reverse=True)
+    return jnp.take_along_axis(positions, end, axis=1) + 1
 
 
 def llama3_factors(rope: Rope, dim: int) -> np.ndarray:

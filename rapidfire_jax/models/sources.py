@@ -2,7 +2,9 @@
 
 import importlib.metadata
 import json
+import os
 import re
+import textwrap
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -12,6 +14,7 @@ PACKAGE = "package://"
 HUB_ID = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(/(?P<file>[\w./-]+\.gguf))?(@(?P<revision>[\w./-]+))?")
 HUB_FILES = ("*.json", "*.jinja", "tokenizer*", "merges.txt", "vocab.txt")
 HUB_WEIGHTS = ("*.safetensors", "flax_model*.msgpack", "*.gguf")  # the first kind that is there is taken
+HUB_COPIES = ["*/*.safetensors", "*/*.msgpack", "consolidated*"]  # the weights once more, for other programs
 
 
 def resolve(name: str, revision: str | None = None) -> Path:
@@ -19,7 +22,7 @@ def resolve(name: str, revision: str | None = None) -> Path:
 
     Args:
       name: `package://DISTRIBUTION/PATH/IN/IT`, a file or folder, or `organisation/repository[/FILE.gguf][@revision]`.
-        A name that starts with `/`, `./`, `../` or `~` is only ever a path.
+        A name that starts with `/`, `./`, `../` or `~`, or is `FOLDER/FILE.gguf`, is only ever a path.
       revision: branch, tag or commit of a repository, if the name does not say.
 
     Raises:
@@ -27,11 +30,12 @@ def resolve(name: str, revision: str | None = None) -> Path:
     """
     if name.startswith(PACKAGE):
         return _in_package(name)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # Path.expanduser raises for an unknown user
     if path.exists():
         return path
-    hub = HUB_ID.fullmatch(name)
-    if name.startswith(("/", "./", "../", "~")) or hub is None:
+    local = name.startswith(("/", "./", "../", "~")) or (name.count("/") == 1 and path.suffix == ".gguf")
+    hub = None if local else HUB_ID.fullmatch(name)
+    if hub is None:
         raise InputError(f"{name}: no such folder or file")
     return _from_hub(name, hub["repository"], hub["file"], hub["revision"] or revision)
 
@@ -102,29 +106,69 @@ def _in_package(name: str) -> Path:
 
 
 def _from_hub(name: str, repository: str, file: str | None, revision: str | None) -> Path:
-    """Downloads what a model needs, weights in one format only; offline, takes what the cache holds."""
+    """Downloads what a model needs, weights in one format only; without the hub, takes what the cache holds."""
     import huggingface_hub as hub  # only those who download wait for it
-
-    def has_weights(folder: Path) -> bool:
-        return any(next(folder.glob(pattern), None) for pattern in HUB_WEIGHTS)
+    from huggingface_hub.utils import filter_repo_objects
 
     try:
-        if file is not None:
-            return Path(hub.hf_hub_download(repository, file, revision=revision))
-        for weights in HUB_WEIGHTS[:-1]:
-            patterns = [*HUB_FILES, weights]
-            folder = Path(hub.snapshot_download(repository, revision=revision, allow_patterns=patterns))
-            if has_weights(folder):
-                return folder
-        found = [f for f in hub.HfApi().list_repo_files(repository, revision=revision) if f.endswith(".gguf")]
-        if len(found) > 1:
-            raise InputError(f"{name}: holds {len(found)} GGUF files; name one: {repository}/{found[0]}")
-        return Path(hub.hf_hub_download(repository, found[0], revision=revision)) if found else folder
+        files, problem = _hub_files(repository, revision)
+        kinds = {
+            kind: sorted(filter_repo_objects(files, allow_patterns=kind, ignore_patterns=HUB_COPIES))
+            for kind in HUB_WEIGHTS
+        }
+        weights = next(filter(kinds.get, kinds), HUB_WEIGHTS[0])
+        ggufs = kinds["*.gguf"]
+        if file is None and weights == "*.gguf":
+            if len(ggufs) > 1:
+                one = f"{repository}/{ggufs[0]}" + (f"@{revision}" if revision else "")
+                raise InputError(f"{name}: holds {len(ggufs)} GGUF files, {', '.join(ggufs)}; name one, as in {one}")
+            file = ggufs[0]
+        if file is None:
+            folder = hub.snapshot_download(
+                repository,
+                revision=revision,
+                local_files_only=problem is not None,
+                allow_patterns=[*HUB_FILES, weights],
+                ignore_patterns=HUB_COPIES,
+            )
+            return Path(folder)
+        if file not in files:
+            held = ", ".join(ggufs) or "none"
+            raise problem or InputError(f"{name}: the repository holds no {file}; its GGUF files: {held}")
+        return Path(hub.hf_hub_download(repository, file, revision=revision, local_files_only=problem is not None))
     except InputError:
         raise
-    except (OSError, ValueError) as error:  # every error of huggingface_hub is one of these
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(
-            f"{name}: no such folder or file here, and not a hub repository that could be reached "
-            f"({type(error).__name__}: {reason})"
-        ) from None
+    except Exception as error:  # what httpx and hf_xet raise has no base in common
+        raise InputError(f"{name}: {_hub_problem(error, repository, revision)}") from None
+
+
+def _hub_files(repository: str, revision: str | None) -> tuple[list[str], Exception | None]:
+    """Names of the files in a repository; where the hub gives none, of those in the cache, and why it does not."""
+    import huggingface_hub as hub
+
+    try:
+        # The downloads have no such limit: with nobody there they retry for half a minute, or wait for ever.
+        info = hub.model_info(repository, revision=revision, timeout=hub.constants.HF_HUB_DOWNLOAD_TIMEOUT)
+        return [file.rfilename for file in info.siblings or ()], None
+    except Exception as problem:
+        try:
+            folder = hub.snapshot_download(repository, revision=revision, local_files_only=True, allow_patterns=[])
+        except hub.errors.LocalEntryNotFoundError:
+            raise problem from None
+        return [str(path.relative_to(folder)) for path in Path(folder).rglob("*")], problem
+
+
+def _hub_problem(error: Exception, repository: str, revision: str | None) -> str:
+    from huggingface_hub import constants, errors
+
+    match error:
+        case errors.GatedRepoError():
+            page = f"{constants.ENDPOINT}/{repository}"
+            return f"the repository is gated: ask for access at {page} and set HF_TOKEN to a token that has it"
+        case errors.RepositoryNotFoundError():
+            absent = "no such folder or file here, and no such hub repository"
+            return f"{absent}, or a private one: set HF_TOKEN to a token that may read it"
+        case errors.RevisionNotFoundError():
+            return f"the repository has no revision {revision!r}"
+    reason = f"{type(error).__name__}: {textwrap.shorten(str(error), 400, placeholder=' ...')}"
+    return f"no such folder or file here, and not a hub repository that could be reached ({reason})"

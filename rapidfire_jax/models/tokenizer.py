@@ -9,7 +9,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from rapidfire_jax.errors import InputError
 from rapidfire_jax.models.gguf import read_gguf
-from rapidfire_jax.models.sources import gguf_file, resolve
+from rapidfire_jax.models.sources import gguf_file, read_json, resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -47,6 +47,21 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     return tokenizer
+
+
+def stop_ids(name: str, tokenizer: "PreTrainedTokenizerFast") -> tuple[int, ...]:
+    """Tokens that end a response: the tokenizer's end of sequence, and those in the model's `generation_config.json`.
+
+    Raises:
+      InputError: the file names something that is not a token.
+    """
+    file = resolve(name) / "generation_config.json"
+    named = read_json(file).get("eos_token_id") if file.is_file() else None
+    ids = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [] if named is None else [named])]
+    for token in ids:
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < len(tokenizer):
+            raise InputError(f"{file}: eos_token_id={named!r}; expected ids below {len(tokenizer)}")
+    return tuple(dict.fromkeys(ids))
 
 
 def check_vocabulary(name: str, vocab_size: int, tokenizer: "PreTrainedTokenizerFast") -> None:

@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 from rapidfire_jax.errors import InputError
 from rapidfire_jax.models.config import DecoderConfig
-from rapidfire_jax.models.decoder import Decoder, Precision
+from rapidfire_jax.models.decoder import AS_STORED, Decoder, Precision
 from rapidfire_jax.models.families import Family
 
 type Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
@@ -71,6 +71,13 @@ def stored_tensors(family: Family, paths: Mapping[str, object], num_layers: int)
     }
 
 
+def stored_shapes(kind: type[Decoder], family: Family, config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Name of every stored tensor of a model -> its shape."""
+    ours = _shapes(kind, config, AS_STORED)
+    expected = stored_tensors(family, ours, config.num_layers)
+    return {name: _stored_shape(family, stored, ours) for name, stored in expected.items()}
+
+
 def to_stored(family: Family, path: str, parts: list[np.ndarray], heads: int) -> np.ndarray:
     """The stored tensor that holds `parts`, all in our layout; `path` is the first one's."""
     if family.interleaved and len(parts) > 1:
@@ -120,7 +127,7 @@ def load[M: Decoder](
     Raises:
       InputError: missing, unexpected and mis-shaped tensors, all in one message.
     """
-    ours = {_dotted(path): leaf.get_value().shape for path, leaf in _structure(kind, config, precision)[1]}
+    ours = _shapes(kind, config, precision)
     expected = stored_tensors(family, ours, config.num_layers)
     held = _find(checkpoint, family, config, expected, ours)
 
@@ -135,7 +142,7 @@ def load[M: Decoder](
         buffers = [_aligned(ours[path], target) for path in paths]
         for name, stored in group.items():
             value = checkpoint.read(held[name])
-            if not np.isfinite(value).all():
+            if not _is_finite(value):
                 warnings.warn(f"{checkpoint.where}: tensor {held[name]!r} holds NaN or infinite values", stacklevel=2)
             parts = from_stored(family, paths[0], value, [ours[path][-1] for path in paths], config.num_heads)
             for buffer, part in zip(buffers, parts, strict=True):
@@ -208,8 +215,18 @@ def _structure(
     return graphdef, list(nnx.to_flat_state(state))
 
 
+def _shapes(kind: type[Decoder], config: DecoderConfig, precision: Precision) -> dict[str, tuple[int, ...]]:
+    return {_dotted(path): leaf.get_value().shape for path, leaf in _structure(kind, config, precision)[1]}
+
+
 def _dotted(path: tuple) -> str:
     return ".".join(map(str, path))
+
+
+def _is_finite(value: np.ndarray) -> bool:
+    """Whether no value is NaN or infinite, looked at in slices that stay small."""
+    flat = value.ravel(order="K")
+    return all(np.isfinite(flat[i : i + 2**20]).all() for i in range(0, len(flat), 2**20))
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -7,7 +7,7 @@ import numpy as np
 
 from rapidfire_jax.errors import InputError
 from rapidfire_jax.models.auto import load_language_model
-from rapidfire_jax.models.tokenizer import check_vocabulary, load_tokenizer
+from rapidfire_jax.models.tokenizer import check_vocabulary, load_tokenizer, stop_ids
 from rapidfire_jax.rollout.generate import SamplingConfig, generate
 
 
@@ -56,7 +56,7 @@ def generate_text(
     for i, row in enumerate(rows):
         ids[i, longest - len(row) :], mask[i, longest - len(row) :] = row, True
     config = SamplingConfig(
-        max_new_tokens, (tokenizer.eos_token_id,), top_k=top_k, top_p=top_p, greedy=temperature == 0
+        max_new_tokens, stop_ids(name, tokenizer), top_k=top_k, top_p=top_p, greedy=temperature == 0
     )
     run = jax.jit(generate, static_argnames="config")
     out = run(model, ids, mask, jax.random.key(seed), temperature or 1.0, config=config)

@@ -25,7 +25,7 @@ from rapidfire_jax.models.export import save_pretrained
 from rapidfire_jax.models.heads import CausalLM, RewardModel
 from rapidfire_jax.models.peft import save_adapter
 from rapidfire_jax.models.policy import Policy, make_policy
-from rapidfire_jax.models.tokenizer import check_vocabulary, load_tokenizer
+from rapidfire_jax.models.tokenizer import check_vocabulary, load_tokenizer, stop_ids
 from rapidfire_jax.rewards.base import Reward, load_reward
 from rapidfire_jax.rollout.generate import SamplingConfig, generate
 from rapidfire_jax.training.checkpoint import Checkpoints
@@ -120,7 +120,7 @@ class PPOJob:
         self.buckets = prompt_buckets(config.data.max_prompt_length)
         sampling = SamplingConfig(
             max_new_tokens=config.rollout.max_new_tokens,
-            eos_ids=(self.tokenizer.eos_token_id,),
+            eos_ids=stop_ids(config.model.name, self.tokenizer),
             top_k=config.rollout.top_k,
             top_p=config.rollout.top_p,
         )
@@ -248,7 +248,7 @@ def export_policy(
 ) -> None:
     """Writes the policy as a Hugging Face folder (adapters merged), its adapter and a separate critic below it."""
     model = policy.merge(state.frozen, state.trainable)
-    save_pretrained(model, folder, tokenizer)
+    save_pretrained(model, folder, tokenizer, eos_ids=stop_ids(config.model.name, tokenizer))
     if config.adapter.type == "lora" and config.model.adapter is None:
         save_adapter(model, folder / "adapter", base_model_name=config.model.name, rslora=config.adapter.rslora)
     if (critic := policy.merge_critic(state.frozen, state.trainable)) is not None:

@@ -9,8 +9,8 @@ from safetensors.numpy import load_file
 
 from rapidfire_jax.errors import InputError
 from rapidfire_jax.models.auto import FlaxAutoModelForCausalLM
-from rapidfire_jax.models.heads import CausalLM
 from rapidfire_jax.models.export import save_pretrained
+from rapidfire_jax.models.heads import CausalLM
 from rapidfire_jax.models.lora import add_lora, merge_lora
 from rapidfire_jax.models.peft import save_adapter
 from rapidfire_jax.models.tokenizer import load_tokenizer

@@ -1,6 +1,7 @@
-"""Every family against PyTorch transformers on tiny random models; `tests/golden/families/make.py` wrote the figures."""
+"""Every family against PyTorch transformers on tiny random models, by `tests/golden/families/make.py`."""
 
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -9,11 +10,14 @@ import numpy as np
 import pytest
 
 from rapidfire_jax import FlaxAutoModelForCausalLM, SamplingConfig, generate
+from rapidfire_jax.errors import InputError
 from rapidfire_jax.models.families import from_hugging_face, to_hugging_face
 from rapidfire_jax.models.heads import RewardModel, ValueHead
 
 GOLDEN = Path(__file__).parents[1] / "golden/families"
 CASES = sorted(folder.name for folder in GOLDEN.iterdir() if folder.is_dir())
+FLAX = GOLDEN.parent / "flax"
+FLAX_CASES = sorted(folder.name for folder in FLAX.iterdir() if folder.is_dir())
 load = FlaxAutoModelForCausalLM.from_pretrained
 
 
@@ -85,6 +89,15 @@ def test_reward_at_the_last_real_token(case):
     np.testing.assert_allclose(found, golden["reward"], rtol=1e-4)
 
 
+@pytest.mark.supports("Flax msgpack")
+@pytest.mark.parametrize("name", FLAX_CASES)
+def test_checkpoints_of_the_flax_classes(name):
+    """Single, in shards and in bfloat16, against the logits of the class that wrote them."""
+    model = load(str(FLAX / name), dtype="auto", compute_dtype="float32")
+    with np.load(FLAX / name / "golden.npz") as golden:
+        close(forward(model, golden["tokens"])[1], golden["logits"])
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_both_spellings_of_the_configuration(name):
     new, old = (json.loads((GOLDEN / name / file).read_text()) for file in ("config.json", "config_4x.json"))
@@ -102,3 +115,47 @@ def test_gguf(name):
         close(forward(found, golden["tokens"])[1], golden.get("gguf_logits", golden["logits"]))
         if "gguf_logits" not in golden and name != "llama_llama3":
             assert found.config == from_hugging_face(json.loads((GOLDEN / name / "config.json").read_text()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "bert"}, "model_type 'bert' is not supported; known: llama, mistral, qwen2, qwen3, gemma"),
+        ({"hidden_size": None}, "key 'hidden_size' is missing"),
+        ({"hidden_size": "32"}, "hidden_size='32'; expected an integer"),
+        ({"num_attention_heads": 0}, "num_heads must be positive, got 0"),
+        ({"num_key_value_heads": 3}, "4 query heads are not a multiple of 3 kv heads"),
+        ({"hidden_act": "swish9"}, "activation 'swish9' is not supported; known: silu"),
+        ({"rope_parameters": {"rope_type": "spiral"}}, "rope type 'spiral' is not supported; known: default, linear"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "factor=None; expected a number"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": -2}}, "factor -2.0 must be positive"),
+        ({"rope_parameters": "none"}, "rope_parameters='none'; expected an object"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings='no'; expected true or false"),
+        ({"head_dim": 7}, "7 of 7 entries of a head would be rotated; expected an even number"),
+    ],
+)
+def test_bad_configurations_are_named(changes, message):
+    config = json.loads((GOLDEN / "llama/config.json").read_text()) | changes
+    with pytest.raises(InputError, match=re.escape(message)) as error:
+        from_hugging_face(config, where="here/config.json")
+    assert str(error.value).startswith("here/config.json: ")
+
+
+def test_derivable_keys_may_be_absent():
+    """As in files on the hub written before the keys existed."""
+    config = json.loads((GOLDEN / "llama/config_4x.json").read_text())
+    short = {key: value for key, value in config.items() if key not in ("head_dim", "rope_scaling", "rope_theta")}
+    assert from_hugging_face(short) == from_hugging_face(config)
+    mistral = json.loads((GOLDEN / "mistral/config_4x.json").read_text())
+    del mistral["sliding_window"]
+    assert from_hugging_face(mistral).sliding_window == 4096
+    qwen = json.loads((GOLDEN / "qwen2/config.json").read_text()) | {"sliding_window": 4096}
+    assert from_hugging_face(qwen).local_layers == ()
+
+
+def test_positions_beyond_a_learned_table_are_nan_not_wrong():
+    model = load(str(GOLDEN / "gpt2"))
+    mask = np.arange(65)[None] < np.array([[65], [64]])
+    logits = forward(model, np.zeros((2, 65), np.int32), mask)[1]
+    assert np.isnan(logits[0, 64]).all()
+    assert np.isfinite(logits[1]).all()

@@ -1,0 +1,43 @@
+"""Rows of figures: printed as a table, and kept in a CSV file with machine, versions and commit."""
+
+import csv
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import rich
+import rich.table
+
+FOLDER = Path(__file__).parent / "results"
+PACKAGES = ("jax", "flax", "numpy")
+
+
+def report(name: str, rows: list[dict[str, Any]]) -> None:
+    """Prints `rows`, which have the same keys, and appends them to `results/NAME.csv`."""
+    table = rich.table.Table(*rows[0])
+    for row in rows:
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+    rich.print(table)
+    FOLDER.mkdir(exist_ok=True)
+    path, new = FOLDER / f"{name}.csv", not (FOLDER / f"{name}.csv").exists()
+    with path.open("a", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *_setting()])
+        if new:
+            writer.writeheader()
+        writer.writerows(row | _setting() for row in rows)
+
+
+def _setting() -> dict[str, str]:
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=FOLDER.parent, capture_output=True, text=True, check=False
+    )
+    return {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES),
+        "commit": commit.stdout.strip() or "unknown",
+    }
