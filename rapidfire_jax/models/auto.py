@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from rapidfire_jax.errors import InputError
 from rapidfire_jax.models import flax_msgpack, safetensors
@@ -18,7 +19,7 @@ from rapidfire_jax.models.peft import load_adapter
 from rapidfire_jax.models.sources import gguf_file, read_json, resolve
 from rapidfire_jax.models.weights import Checkpoint, Placement, load
 
-DTYPES = ("float32", "bfloat16", "float16", "auto")
+DTYPES = ("float32", "bfloat16", "float16")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 VALUE_HEAD = "value_head.safetensors"
 
@@ -31,9 +32,9 @@ class FlaxAutoModelForCausalLM:
         cls,
         name: str,
         *,
-        dtype: str = "float32",
-        compute_dtype: str | None = None,
-        output_dtype: str = "float32",
+        dtype: DTypeLike = "float32",
+        compute_dtype: DTypeLike | None = None,
+        output_dtype: DTypeLike = "float32",
         revision: str | None = None,
         placement: Placement | None = None,
     ) -> CausalLM:
@@ -42,7 +43,7 @@ class FlaxAutoModelForCausalLM:
         Args:
           name: a folder with `config.json` and safetensors or `flax_model.msgpack`, a `.gguf` file or a folder with
             exactly one, `package://DISTRIBUTION/PATH/IN/IT`, or a Hugging Face repository `organisation/name`.
-          dtype: of the weights: "float32", "bfloat16", "float16", or "auto", as they are stored.
+          dtype: of the weights: float32, bfloat16, float16, or "auto", as they are stored.
           compute_dtype: of activations and matrix products; None: that of the weights.
           output_dtype: of the logits.
           revision: branch, tag or commit of a repository; `name@revision` says the same. Cache, token and offline mode
@@ -67,8 +68,8 @@ class FlaxAutoModelForSequenceClassification:
         cls,
         name: str,
         *,
-        dtype: str = "float32",
-        compute_dtype: str | None = None,
+        dtype: DTypeLike = "float32",
+        compute_dtype: DTypeLike | None = None,
         revision: str | None = None,
         placement: Placement | None = None,
     ) -> RewardModel:
@@ -103,25 +104,31 @@ def _merged[M: Decoder](model: M, adapter: str | None) -> M:
 def _load[M: Decoder](
     kind: type[M],
     path: Path,
-    dtype: str,
-    compute_dtype: str | None,
-    output_dtype: str,
+    dtype: DTypeLike,
+    compute_dtype: DTypeLike | None,
+    output_dtype: DTypeLike,
     placement: Placement | None,
 ) -> M:
-    for key, value in (("dtype", dtype), ("compute_dtype", compute_dtype), ("output_dtype", output_dtype)):
-        accepted = DTYPES if key == "dtype" else DTYPES[:-1]
-        if value not in accepted and not (key == "compute_dtype" and value is None):
-            raise InputError(f"{key} {value!r} is not supported; accepted: {', '.join(accepted)}")
+    parameters = None if dtype == "auto" else _dtype_name("dtype", dtype, (*DTYPES, "auto"))
+    compute = None if compute_dtype is None else _dtype_name("compute_dtype", compute_dtype, DTYPES)
+    precision = Precision(compute, _dtype_name("output_dtype", output_dtype, DTYPES))
     checkpoint, family, config = open_checkpoint(path)
     return load(
         kind,
         checkpoint,
         family,
         config,
-        dtype=None if dtype == "auto" else dtype,
-        precision=Precision(compute_dtype, output_dtype),
+        dtype=parameters,
+        precision=precision,
         placement=placement,
     )
+
+
+def _dtype_name(key: str, value: DTypeLike, accepted: tuple[str, ...]) -> str:
+    name = value if isinstance(value, str) else jnp.dtype(value).name
+    if name not in accepted:
+        raise InputError(f"{key} {name!r} is not supported; accepted: {', '.join(accepted)}")
+    return name
 
 
 def open_checkpoint(path: Path) -> tuple[Checkpoint, Family, DecoderConfig]:

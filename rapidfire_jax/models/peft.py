@@ -210,6 +210,8 @@ def _read(folder: Path, model: Decoder) -> tuple[dict[str, _Adapter], np.ndarray
     for name, shape in stored.shapes.items():
         if name == SCORE and isinstance(model, RewardModel) and shape == (1, model.config.hidden_size):
             score = stored.read(name)[0]
+            if not np.isfinite(score).all():
+                problems.append(f"NaN or infinite values: {name}")
         elif match := TENSOR.fullmatch(name):
             sides.setdefault(match["module"], {})[match["side"]] = name
         else:

@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import jax
@@ -25,6 +26,9 @@ ADAPTERS = ROOT / "tests/golden/adapters"
 NAMES = sorted(folder.name for folder in ADAPTERS.iterdir() if folder.is_dir())
 
 ONE_EACH = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "phi3"]
+SCORE = "base_model.model.score.weight"
+SAME_SETTINGS = ("base_model_name_or_path", "task_type", "use_rslora", "layers_to_transform", "fan_in_fan_out", "bias")
+SAME_SETTINGS += ("modules_to_save",)
 TOKENS = np.random.default_rng(0).integers(3, 64, (2, 12), dtype=np.int32)
 
 forward = jax.jit(lambda model, tokens: model(tokens))
@@ -39,7 +43,10 @@ def settings_of(folder):
 
 
 def golden_model(name):
-    model = base_model(Path(settings_of(ADAPTERS / name)["base_model_name_or_path"]).name)
+    settings = settings_of(ADAPTERS / name)
+    model = base_model(Path(settings["base_model_name_or_path"]).name)
+    if settings["task_type"] == "SEQ_CLS":
+        model = RewardModel.from_causal(model, jax.random.key(7))
     load_adapter(model, str(ADAPTERS / name))
     return model
 
@@ -99,7 +106,7 @@ def changes(name, folder):
         a, b = (tensors.pop(f"base_model.model.{module}.lora_{side}.weight") for side in "AB")
         assert a.shape[0] == b.shape[1] == rank
         found[module] = b @ a * (alpha / (math.sqrt(rank) if config["use_rslora"] else rank))
-    assert not tensors  # of modules that are not targeted
+    assert tensors.keys() == ({SCORE} if config["modules_to_save"] else set())
     return found
 
 
@@ -108,8 +115,10 @@ def changes(name, folder):
 def test_logits_are_those_of_peft(name):
     model = golden_model(name)
     with np.load(ADAPTERS / name / "golden.npz") as golden:
-        close(forward(model, golden["tokens"]), golden["logits"], 1e-4)
-        close(forward(merge_lora(model), golden["tokens"]), golden["logits"], 1e-4)
+        tokens, expected = golden["tokens"], golden["logits"]
+    expected = expected[..., 0] if expected.shape[-1] == 1 else expected
+    close(forward(model, tokens), expected, 1e-4)
+    close(forward(merge_lora(model), tokens), expected, 1e-4)
 
 
 @pytest.mark.supports("PEFT adapter")
@@ -122,7 +131,7 @@ def test_written_again_as_peft_wrote_it(name, tmp_path):
     )
     new = settings_of(tmp_path / "a")
     assert targeted(base, new) == targeted(base, old)
-    for key in ("base_model_name_or_path", "use_rslora", "layers_to_transform", "fan_in_fan_out", "bias", "task_type"):
+    for key in SAME_SETTINGS:
         assert new[key] == old[key]
     ours, theirs = changes(base, tmp_path / "a"), changes(base, ADAPTERS / name)
     for module, change in theirs.items():
@@ -203,15 +212,19 @@ def test_modules_of_different_layers(tmp_path):
     }  # fmt: skip
 
 
-def test_adapter_of_a_reward_model(tmp_path):
-    model, again = (RewardModel.from_causal(base_model("qwen3"), jax.random.key(7)) for _ in range(2))
-    load_adapter(model, str(ADAPTERS / "qwen3_all"))
-    save_adapter(model, tmp_path / "a", base_model_name="org/reward")
-    assert settings_of(tmp_path / "a")["task_type"] == "SEQ_CLS"
-    before = forward(again, TOKENS)
-    load_adapter(again, str(tmp_path / "a"))
-    np.testing.assert_array_equal(forward(again, TOKENS), forward(model, TOKENS))
-    assert np.abs(forward(again, TOKENS) - before).max() > 0.1
+def test_head_of_a_reward_model(tmp_path):
+    stored = load_file(ADAPTERS / "qwen3_reward/adapter_model.safetensors")
+    model = golden_model("qwen3_reward")
+    np.testing.assert_array_equal(model.score[...], stored[SCORE][0])
+    with pytest.raises(InputError, match=f"unexpected: {SCORE}"):
+        load_adapter(base_model("qwen3"), str(ADAPTERS / "qwen3_reward"))
+    without = changed(tmp_path, "qwen3_reward", {key: stored[key] for key in stored.keys() - {SCORE}})
+    load_adapter(model, str(without))
+    np.testing.assert_array_equal(model.score[...], stored[SCORE][0])  # stays what it was
+    for score, message in ((stored[SCORE] * np.nan, "NaN or infinite values"), (stored[SCORE][:, :5], "unexpected")):
+        shutil.rmtree(without)
+        with pytest.raises(InputError, match=f"{message}: {SCORE}"):
+            load_adapter(model, str(changed(tmp_path, "qwen3_reward", stored | {SCORE: score})))
 
 
 @pytest.mark.parametrize("kind", ["float16", "bfloat16", "float64", "default in the names"])

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from rapidfire_jax import FlaxAutoModelForCausalLM, SamplingConfig, generate, make_policy
+from rapidfire_jax.errors import InputError
 from rapidfire_jax.models.export import save_pretrained
 from rapidfire_jax.models.weights import parameters
 from tests.helpers.tiny import padded_batch, tiny_model
@@ -62,3 +63,10 @@ def test_generation_keeps_statistics_in_float32(folder):
 def test_as_stored(folder):
     model = FlaxAutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     assert {leaf.dtype.name for leaf in parameters(model).values()} == {"float32"}
+
+
+def test_dtypes_as_objects(folder):
+    model = FlaxAutoModelForCausalLM.from_pretrained(folder, dtype=jnp.float16, compute_dtype=np.dtype("float32"))
+    assert (model.embedding.dtype, model.hidden(TOKENS).dtype) == ("float16", "float32")
+    with pytest.raises(InputError, match="dtype 'int8' is not supported"):
+        FlaxAutoModelForCausalLM.from_pretrained(folder, dtype=jnp.int8)

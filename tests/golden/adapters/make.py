@@ -9,7 +9,8 @@ Every folder holds
 
 * `adapter_config.json` and `adapter_model.safetensors` as `save_pretrained` of `peft` writes them; the base model is
   named by its path in the repository;
-* `golden.npz`: `tokens` [2, 12], `logits` of the adapted model (eager attention, float32), and `versions`.
+* `golden.npz`: `tokens` [2, 12], `logits` of the adapted model (eager attention, float32; [2, 1] from a sequence
+  classifier), and `versions`.
 """
 
 import os
@@ -49,12 +50,20 @@ ADAPTERS = {
     "gemma2_all": ("gemma2", {"target_modules": "all-linear"}),
     "qwen3_all": ("qwen3", {"target_modules": "all-linear"}),
     "mistral_mlp": ("mistral", {"target_modules": ["gate_proj", "up_proj", "down_proj"]}),
+    "qwen3_reward": ("qwen3", {"target_modules": ["q_proj", "down_proj"], "task_type": "SEQ_CLS"}),
 }
 
 
-def base_model(family: str):
-    folder = FAMILIES / family
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
+def base_model(name: str):
+    """A sequence classifier has a head of zeros here; the adapter brings its own."""
+    family, settings = ADAPTERS[name]
+    options = {"attn_implementation": "eager", "dtype": torch.float32}
+    if settings.get("task_type") != "SEQ_CLS":
+        return transformers.AutoModelForCausalLM.from_pretrained(FAMILIES / family, **options)
+    kind = transformers.AutoModelForSequenceClassification
+    model = kind.from_pretrained(FAMILIES / family, num_labels=1, **options)
+    model.score.weight.data.zero_()
+    return model
 
 
 def logits(model, tokens: np.ndarray) -> np.ndarray:
@@ -67,11 +76,11 @@ def make(name: str) -> None:
     folder = HERE / name
     random = np.random.default_rng(zlib.crc32(name.encode()))
     tokens = random.integers(3, 64, (2, 12), dtype=np.int32)
-    plain = logits(base_model(family), tokens)
+    plain = logits(base_model(name), tokens)
     config = peft.LoraConfig(**{"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8} | settings)
-    model = peft.get_peft_model(base_model(family), config)
+    model = peft.get_peft_model(base_model(name), config)
     for key, parameter in sorted(model.named_parameters()):
-        if "lora_" in key:
+        if "lora_" in key or "modules_to_save" in key:
             values = random.normal(0, 0.1, tuple(parameter.shape))
             parameter.data = torch.tensor(values, dtype=torch.float32)
     adapted = logits(model, tokens)
@@ -84,7 +93,7 @@ def make(name: str) -> None:
     saved.target_modules = sorted(saved.target_modules)  # a set, in another order every time
     model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink()
-    again = peft.PeftModel.from_pretrained(base_model(family), folder)
+    again = peft.PeftModel.from_pretrained(base_model(name), folder)
     np.testing.assert_allclose(logits(again, tokens), adapted, rtol=0, atol=1e-6)
     np.testing.assert_allclose(logits(again.merge_and_unload(), tokens), adapted, rtol=0, atol=1e-4)
     modules = (torch, transformers, peft)
