@@ -19,9 +19,10 @@ from safetensors.numpy import save_file
 
 from rapidfire_jax.errors import InputError
 from rapidfire_jax.models.decoder import Decoder, stack_size
-from rapidfire_jax.models.families import FAMILIES
+from rapidfire_jax.models.families import FAMILIES, Family
 from rapidfire_jax.models.folders import replacing
 from rapidfire_jax.models.heads import RewardModel, ValueHead
+from rapidfire_jax.models.layers import Linear
 from rapidfire_jax.models.lora import PROJECTIONS, module_name
 from rapidfire_jax.models.safetensors import Safetensors
 from rapidfire_jax.models.sources import read_json, resolve
@@ -61,30 +62,12 @@ def load_adapter(model: Decoder, name: str) -> None:
     if score is not None:
         assert isinstance(model, RewardModel)
         model.add_value_head(ValueHead(jnp.asarray(score, model.score.dtype), None))
-    family = dataclasses.replace(FAMILIES[model.config.family], transposed=False)
     for first, stack in model.numbered_stacks():
-        layers = range(first, first + stack_size(stack))
-        for projection in PROJECTIONS:
-            pattern = module_name(model, projection) if getattr(stack, projection) is not None else ""
-            adapters = {
-                i: found[pattern.format(layer)] for i, layer in enumerate(layers) if pattern.format(layer) in found
-            }
-            if not adapters:
-                continue
-            fused = [p for p in PROJECTIONS if getattr(stack, p) is not None and module_name(model, p) == pattern]
-            widths = [getattr(stack, p).kernel.shape[-1] for p in fused]
-            linear = getattr(stack, projection)
-            rank = max(adapter.a.shape[0] for adapter in adapters.values())
-            scale = next(iter(adapters.values())).scale
-            a = np.zeros((len(layers), linear.kernel.shape[-2], rank), np.float32)
-            b = np.zeros((len(layers), rank, linear.kernel.shape[-1]), np.float32)
-            for i, adapter in adapters.items():
-                parts = from_stored(family, f"blocks.{projection}.kernel", adapter.b, widths, model.config.num_heads)
-                r = adapter.a.shape[0]
-                a[i, :, :r] = adapter.a.T
-                b[i, :r] = parts[fused.index(projection)] * (adapter.scale / scale)
-            linear.lora_a, linear.lora_b = nnx.LoRAParam(jnp.asarray(a)), nnx.LoRAParam(jnp.asarray(b))
-            linear.lora_scale = scale
+        for pattern, parts in _fused_projections(model).items():
+            names = {i: pattern.format(first + i) for i in range(stack_size(stack))}
+            adapters = {i: found[name] for i, name in names.items() if name in found}
+            if adapters:
+                _attach(model, [getattr(stack, part) for part in parts], parts[0], adapters)
 
 
 def save_adapter(model: Decoder, folder: str | Path, *, base_model_name: str, rslora: bool = False) -> None:
@@ -99,10 +82,7 @@ def save_adapter(model: Decoder, folder: str | Path, *, base_model_name: str, rs
     Raises:
       InputError: `folder` holds something else, or there are no adapters.
     """
-    modules: dict[str, list[str]] = {}
-    for projection in PROJECTIONS:
-        if getattr(model.blocks, projection) is not None:
-            modules.setdefault(module_name(model, projection), []).append(projection)
+    modules = _fused_projections(model)
     tensors: dict[str, np.ndarray] = {}
     kinds: dict[str, dict[int, tuple[int, float]]] = {}  # rank and alpha in each layer
     for first, stack in model.numbered_stacks():
@@ -150,6 +130,39 @@ def save_adapter(model: Decoder, folder: str | Path, *, base_model_name: str, rs
         save_file(tensors, new / WEIGHTS, {"format": "pt"})
 
 
+def _fused_projections(model: Decoder) -> dict[str, list[str]]:
+    """Every module that can be adapted, {} being the layer -> the projections that it holds."""
+    modules: dict[str, list[str]] = {}
+    for projection in PROJECTIONS:
+        if getattr(model.blocks, projection) is not None:
+            modules.setdefault(module_name(model, projection), []).append(projection)
+    return modules
+
+
+def _attach(model: Decoder, linears: list[Linear], first: str, adapters: dict[int, _Adapter]) -> None:
+    """Gives the linears of a module, of which `first` is the first projection, the module's adapters by layer."""
+    layers, ins, _ = linears[0].kernel.shape
+    widths = [linear.kernel.shape[-1] for linear in linears]
+    rank = max(len(adapter.a) for adapter in adapters.values())
+    scale = next(iter(adapters.values())).scale
+    a = np.zeros((layers, ins, rank), np.float32)
+    bs = [np.zeros((layers, rank, width), np.float32) for width in widths]
+    for i, adapter in adapters.items():
+        own = len(adapter.a)
+        a[i, :, :own] = adapter.a.T
+        columns = from_stored(_layout_of_b(model), f"blocks.{first}.kernel", adapter.b, widths, model.config.num_heads)
+        for b, part in zip(bs, columns, strict=True):
+            b[i, :own] = part * (adapter.scale / scale)
+    for linear, b in zip(linears, bs, strict=True):
+        linear.lora_a, linear.lora_b = nnx.LoRAParam(jnp.asarray(a)), nnx.LoRAParam(jnp.asarray(b))
+        linear.lora_scale = scale
+
+
+def _layout_of_b(model: Decoder) -> Family:
+    """B is `[out, r]` whatever the axes of the weights."""
+    return dataclasses.replace(FAMILIES[model.config.family], transposed=False)
+
+
 def _joined(model: Decoder, stack: Any, parts: list[str], layer: int) -> _Adapter:
     """The adapter of a module that holds the projections `parts`."""
     linears = [getattr(stack, part) for part in parts]
@@ -167,8 +180,7 @@ def _joined(model: Decoder, stack: Any, parts: list[str], layer: int) -> _Adapte
             b[begin : begin + len(own)] = own
             start += len(own)
         columns.append(b)
-    family = dataclasses.replace(FAMILIES[model.config.family], transposed=False)
-    b = to_stored(family, f"blocks.{parts[0]}.kernel", columns, model.config.num_heads)
+    b = to_stored(_layout_of_b(model), f"blocks.{parts[0]}.kernel", columns, model.config.num_heads)
     return _Adapter(np.ascontiguousarray(a), b, scale)
 
 
@@ -243,13 +255,10 @@ def _read(folder: Path, model: Decoder) -> tuple[dict[str, _Adapter], np.ndarray
 
 def _modules(model: Decoder) -> dict[str, tuple[int, int]]:
     """Name of every module that can be adapted -> input and output width."""
-    sizes: dict[str, tuple[int, int]] = {}
-    for projection in PROJECTIONS:
-        linear = getattr(model.blocks, projection)
-        if linear is not None:
-            ins, outs = linear.kernel.shape[-2:]
-            pattern = module_name(model, projection)
-            sizes[pattern] = ins, outs + sizes.get(pattern, (0, 0))[1]
+    sizes = {}
+    for pattern, parts in _fused_projections(model).items():
+        shapes = [getattr(model.blocks, part).kernel.shape for part in parts]
+        sizes[pattern] = shapes[0][-2], sum(shape[-1] for shape in shapes)
     return {pattern.format(i): size for pattern, size in sizes.items() for i in range(model.config.num_layers)}
 
 
