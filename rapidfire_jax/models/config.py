@@ -67,12 +67,11 @@ class DecoderConfig:
             raise InputError(f"model configuration: sliding_window is {self.sliding_window}, but some layers are local")
 
     def _check_rope(self, rope: Rope) -> None:
-        rotated = rope.rotated(self.head_dim)
-        if rotated % 2 or not rotated:
+        pairs = (rope.rotated(self.head_dim) + 1) // 2
+        if not 0 < 2 * pairs <= self.head_dim:
             raise InputError(
-                f"model configuration: {rotated} of {self.head_dim} entries of a head would be rotated; expected an "
-                "even number"
+                f"model configuration: {pairs} pairs of entries cannot be rotated in a head of width {self.head_dim}"
             )
         for factors in (rope.short_factors, rope.long_factors) if rope.type == "longrope" else ():
-            if len(factors) != rotated // 2:
-                raise InputError(f"model configuration: {len(factors)} rope factors, expected {rotated // 2}")
+            if len(factors) != pairs:
+                raise InputError(f"model configuration: {len(factors)} rope factors, expected {pairs}")

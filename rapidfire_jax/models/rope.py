@@ -47,7 +47,7 @@ class Rope:
             raise InputError(f"rope type {self.type!r} needs original_max_position_embeddings")
 
     def rotated(self, head_dim: int) -> int:
-        """Entries of a head that are rotated."""
+        """Entries of a head that are rotated; of an odd number, one more is."""
         return int(head_dim * self.fraction)
 
 
@@ -91,7 +91,7 @@ def _frequencies(rope: Rope, positions: Int[Array, "B S"], dim: int) -> Float[Ar
     if rope.type == "linear":
         inverse = inverse / rope.factor
     elif rope.type == "llama3":
-        inverse = inverse / llama3_factors(rope, 2 * len(inverse))
+        inverse = inverse / llama3_factors(rope, dim)
     elif rope.type == "yarn":
         inverse = _yarn(rope, inverse, original)
     return jnp.asarray(inverse, jnp.float32)[None, None]

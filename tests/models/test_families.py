@@ -131,7 +131,7 @@ def test_gguf(name):
         ({"rope_parameters": {"rope_type": "linear", "factor": -2}}, "factor -2.0 must be positive"),
         ({"rope_parameters": "none"}, "rope_parameters='none'; expected an object"),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings='no'; expected true or false"),
-        ({"head_dim": 7}, "7 of 7 entries of a head would be rotated; expected an even number"),
+        ({"head_dim": 7}, "4 pairs of entries cannot be rotated in a head of width 7"),
     ],
 )
 def test_bad_configurations_are_named(changes, message):

@@ -175,9 +175,7 @@ def test_some_projections_and_layers(name, targets, layers, ranks, rslora, tmp_p
     assert settings_of(tmp_path / "a")["use_rslora"] == rslora
     numbers = range(model.config.num_layers)[-(layers or 0) :]
     prefix = re.match(r".*?\.(?=\d)", linear_modules(name)[0])[0]
-    assert {module: a.shape[1] for module, a in changes(name, tmp_path / "a").items()}.keys() == {
-        f"{prefix}{i}.{module}" for i in numbers for module in ranks
-    }
+    assert changes(name, tmp_path / "a").keys() == {f"{prefix}{i}.{module}" for i in numbers for module in ranks}
     tensors = load_file(tmp_path / "a/adapter_model.safetensors")
     for module, rank in ranks.items():
         assert len(tensors[f"base_model.model.{prefix}{numbers[0]}.{module}.lora_A.weight"]) == rank
