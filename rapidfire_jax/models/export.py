@@ -46,9 +46,8 @@ def save_pretrained(
     merged = parameters(merge_lora(model))
     family = FAMILIES[model.config.family]
     is_reward = isinstance(model, RewardModel)
-    special = {}
-    if tokenizer is not None:
-        special = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
+    # Null where there is no tokenizer: transformers would put a default of the family's own in place of an absent key.
+    special = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id", None) for role in ("bos", "eos", "pad")}
     generation = special | ({"eos_token_id": list(eos_ids)} if len(eos_ids) > 1 else {})
     with replacing(Path(folder)) as new:
         config = to_hugging_face(model.config, dtype=merged["embedding"].dtype.name, scalar_head=is_reward)

@@ -96,6 +96,12 @@ def test_tokenizer_and_generation_settings(tmp_path, tokenizer):
     assert not (tmp_path / "m/value_head.safetensors").exists()
 
 
+def test_without_a_tokenizer_no_token_is_named(tmp_path):
+    save_pretrained(tiny_model(), tmp_path / "m")
+    written = json.loads((tmp_path / "m/config.json").read_text())
+    assert [written[f"{role}_token_id"] for role in ("bos", "eos", "pad")] == [None, None, None]
+
+
 def test_adapter_in_the_layout_of_peft(tmp_path):
     model = adapted_model()
     save_adapter(model, tmp_path / "a", base_model_name="org/base")
