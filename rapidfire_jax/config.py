@@ -2,7 +2,7 @@
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import pydantic
 import yaml
@@ -14,6 +14,7 @@ Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Range = tuple[Fraction, Fraction]
+DType = Literal["float32", "bfloat16", "float16"]
 
 
 class Section(pydantic.BaseModel):
@@ -22,23 +23,18 @@ class Section(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class ModelConfig(Section):
-    """Which weights the policy starts from."""
+class WeightsConfig(Section):
+    """Which weights a model starts from, and in what it computes."""
 
     name: Annotated[str, Field(min_length=1, description="folder, .gguf file, hub repository, or package://DIST/FILE")]
+    dtype: DType = "float32"
+    compute_dtype: DType | None = Field(default=None, description="of activations and products; null: the weights'")
+
+
+class ModelConfig(WeightsConfig):
+    """The policy."""
+
     adapter: str | None = Field(default=None, description="peft folder or repository, merged into the weights")
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    compute_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
-        default=None, description="of activations and products; null: the weights'"
-    )
-
-
-class CriticConfig(Section):
-    """A critic that is a model of its own, started from a reward model."""
-
-    name: Annotated[str, Field(min_length=1, description="as model.name; a sequence classifier with one label")]
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
 
 class AdapterConfig(Section):
@@ -159,7 +155,9 @@ class RunConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     run_dir: Annotated[str, Field(min_length=1)]
     model: ModelConfig
-    critic: CriticConfig | None = Field(default=None, description="null: a value head on the policy")
+    critic: WeightsConfig | None = Field(
+        default=None, description="a sequence classifier with one label; null: a value head on the policy"
+    )
     adapter: AdapterConfig = AdapterConfig()
     data: DataConfig
     reward: Annotated[tuple[RewardConfig, ...], Field(min_length=1)]
@@ -258,7 +256,8 @@ def _fields(location: tuple[int | str, ...]) -> list[str]:
     model: Any = RunConfig
     for part in location[:-1]:
         annotation = model.model_fields[part].annotation if isinstance(part, str) else None
-        model = annotation if isinstance(annotation, type) else (RewardConfig if part == "reward" else model)
+        sections = [kind for kind in (annotation, *get_args(annotation)) if hasattr(kind, "model_fields")]
+        model = sections[0] if sections else (RewardConfig if part == "reward" else model)
     return list(model.model_fields)
 
 

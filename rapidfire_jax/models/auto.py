@@ -24,8 +24,10 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 VALUE_HEAD = "value_head.safetensors"
 
 
-class FlaxAutoModelForCausalLM:
-    """Makes a `CausalLM` from whatever holds its weights."""
+class _AutoModel[M: Decoder]:
+    """What the two entries share; `kind` is the class of the models they make."""
+
+    kind: type[M]
 
     @classmethod
     def from_pretrained(
@@ -37,15 +39,15 @@ class FlaxAutoModelForCausalLM:
         output_dtype: DTypeLike = "float32",
         revision: str | None = None,
         placement: Placement | None = None,
-    ) -> CausalLM:
-        """Loads a language model, with its value head if an earlier run saved one beside it.
+    ) -> M:
+        """Loads a model.
 
         Args:
           name: a folder with `config.json` and safetensors or `flax_model.msgpack`, a `.gguf` file or a folder with
             exactly one, `package://DISTRIBUTION/PATH/IN/IT`, or a Hugging Face repository `organisation/name`.
           dtype: of the weights: float32, bfloat16, float16, or "auto", as they are stored.
           compute_dtype: of activations and matrix products; None: that of the weights.
-          output_dtype: of the logits.
+          output_dtype: of the logits; rewards are always float32.
           revision: branch, tag or commit of a repository; `name@revision` says the same. Cache, token and offline mode
             are those of `huggingface_hub` (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE).
           placement: gives the sharding of each parameter by its path and shape.
@@ -53,31 +55,31 @@ class FlaxAutoModelForCausalLM:
         Raises:
           InputError: nothing there, an unsupported architecture, or weights that do not fit the configuration.
         """
+        parameters = None if dtype == "auto" else _dtype_name("dtype", dtype, (*DTYPES, "auto"))
+        compute = None if compute_dtype is None else _dtype_name("compute_dtype", compute_dtype, DTYPES)
+        outputs = DTYPES if cls.kind is CausalLM else ("float32",)
+        precision = Precision(compute, _dtype_name("output_dtype", output_dtype, outputs))
         path = resolve(name, revision)
-        model = _load(CausalLM, path, dtype, compute_dtype, output_dtype, placement)
-        if path.is_dir() and (path / VALUE_HEAD).exists():
+        checkpoint, family, config = open_checkpoint(path)
+        model = load(cls.kind, checkpoint, family, config, dtype=parameters, precision=precision, placement=placement)
+        if isinstance(model, CausalLM) and path.is_dir() and (path / VALUE_HEAD).exists():
             _load_value_head(model, path / VALUE_HEAD)
         return model
 
 
-class FlaxAutoModelForSequenceClassification:
-    """Makes a `RewardModel` from a sequence classifier with one label."""
+class FlaxAutoModelForCausalLM(_AutoModel[CausalLM]):
+    """Makes a `CausalLM` from whatever holds its weights, with its value head if an earlier run saved one beside it."""
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        name: str,
-        *,
-        dtype: DTypeLike = "float32",
-        compute_dtype: DTypeLike | None = None,
-        revision: str | None = None,
-        placement: Placement | None = None,
-    ) -> RewardModel:
-        """Loads a reward model; arguments and errors as for `FlaxAutoModelForCausalLM`.
+    kind = CausalLM
 
-        A language model has no scalar head to load; `RewardModel.from_causal` puts a new one on its trunk.
-        """
-        return _load(RewardModel, resolve(name, revision), dtype, compute_dtype, "float32", placement)
+
+class FlaxAutoModelForSequenceClassification(_AutoModel[RewardModel]):
+    """Makes a `RewardModel` from a sequence classifier with one label.
+
+    A language model has no scalar head to load; `RewardModel.from_causal` puts a new one on its trunk.
+    """
+
+    kind = RewardModel
 
 
 def load_language_model(name: str, *, adapter: str | None = None, **precision: Any) -> CausalLM:
@@ -99,29 +101,6 @@ def _merged[M: Decoder](model: M, adapter: str | None) -> M:
         return model
     load_adapter(model, adapter)
     return merge_lora(model)
-
-
-def _load[M: Decoder](
-    kind: type[M],
-    path: Path,
-    dtype: DTypeLike,
-    compute_dtype: DTypeLike | None,
-    output_dtype: DTypeLike,
-    placement: Placement | None,
-) -> M:
-    parameters = None if dtype == "auto" else _dtype_name("dtype", dtype, (*DTYPES, "auto"))
-    compute = None if compute_dtype is None else _dtype_name("compute_dtype", compute_dtype, DTYPES)
-    precision = Precision(compute, _dtype_name("output_dtype", output_dtype, DTYPES))
-    checkpoint, family, config = open_checkpoint(path)
-    return load(
-        kind,
-        checkpoint,
-        family,
-        config,
-        dtype=parameters,
-        precision=precision,
-        placement=placement,
-    )
 
 
 def _dtype_name(key: str, value: DTypeLike, accepted: tuple[str, ...]) -> str:
@@ -147,7 +126,7 @@ def open_checkpoint(path: Path) -> tuple[Checkpoint, Family, DecoderConfig]:
     config = from_hugging_face(read_json(config_file), where=str(config_file))
     if any((path / name).exists() for name in safetensors.FILES):
         return safetensors.open_safetensors(path), FAMILIES[config.family], config
-    if any((path / name).exists() for name in (flax_msgpack.SINGLE, flax_msgpack.INDEX)):
+    if any((path / name).exists() for name in flax_msgpack.FILES):
         return flax_msgpack.open_flax_msgpack(path), FAMILIES[config.family], config
     raise InputError(_no_weights(path))
 

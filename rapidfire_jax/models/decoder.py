@@ -70,6 +70,10 @@ class Decoder(nnx.Module):
         self.blocks = stacked(rngs.split(config.num_layers))
         self.norm = make_norm(config, dtype=dtype)
         self.is_split = False
+        self.init_head(dtype=dtype, rngs=rngs)
+
+    def init_head(self, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        """Adds what a subclass has beside the trunk."""
 
     def split_blocks(self, top: int) -> None:
         """Moves the last `top` layers into a stack of their own, `top_blocks`; adapters can stand on these alone."""

@@ -7,19 +7,18 @@ kept, and nothing is ever unpickled.
 
 import dataclasses
 import math
-import os
-import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from rapidfire_jax.errors import InputError
+from rapidfire_jax.models.binary import Cursor, mapped
 from rapidfire_jax.models.sources import read_weight_map
 
-SINGLE, INDEX = "flax_model.msgpack", "flax_model.msgpack.index.json"
+FILES = SINGLE, INDEX = "flax_model.msgpack", "flax_model.msgpack.index.json"
 DTYPES = {np.dtype(d).name: np.dtype(d) for d in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)}
 LEAVES = {"embedding": "weight", "scale": "weight", "kernel": "weight"}  # Flax -> PyTorch; others keep their name
 ARRAY, SCALAR = 1, 3  # Flax's msgpack extensions, both packed as (shape, dtype, bytes)
@@ -123,10 +122,8 @@ def _torch_name(path: str) -> str:
 def _stored_arrays(path: Path) -> Iterator[tuple[str, StoredArray]]:
     """The arrays of a file, by their keys joined with "/"."""
     try:
-        with open(path, "rb") as file:
-            tree = _Walker(path, file).tree()
-    except OSError as error:
-        raise InputError(f"{path}: cannot read: {error}") from None
+        with mapped(path) as data:
+            tree = _Walker(path, data).tree()
     except RecursionError:
         raise InputError(f"{path}: not a Flax checkpoint: its maps are nested too deeply") from None
     return _leaves(path, "", tree)
@@ -168,11 +165,8 @@ def _in_order(numbered: Any) -> tuple[Any, ...]:
     return tuple(numbered.get(str(i)) for i in range(len(numbered)))
 
 
-class _Walker:
-    """A position in a msgpack file, which moves over the contents of arrays without reading them."""
-
-    def __init__(self, path: Path, file: BinaryIO):
-        self.path, self.file, self.size, self.at = path, file, os.fstat(file.fileno()).st_size, 0
+class _Walker(Cursor):
+    """Reads msgpack values and moves over the contents of arrays."""
 
     def tree(self) -> dict[str, Any]:
         """The map that is the whole file."""
@@ -209,7 +203,7 @@ class _Walker:
         return result
 
     def array(self, name: str, length: int) -> StoredArray:
-        code = self.number(">b", name)
+        code = self.number(">b", repr(name))
         end = self.at + length
         if code not in (ARRAY, SCALAR):
             found = f"msgpack extension of type {code}; accepted: {ARRAY} (an array) and {SCALAR} (a NumPy scalar)"
@@ -221,8 +215,7 @@ class _Walker:
         if dtype not in DTYPES:
             raise InputError(f"{self.path}: array {name!r} has dtype {dtype!r}; accepted: {', '.join(DTYPES)}")
         size = self.expect("byte string", name)
-        start = self.advance(size, name)
-        self.file.seek(self.at)
+        start = self.take(size, repr(name))
         if size != math.prod(shape) * DTYPES[dtype].itemsize or self.at != end:
             found = f"{size} bytes, up to byte {self.at} instead of {end}"
             raise InputError(f"{self.path}: array {name!r} of shape {list(shape)} and dtype {dtype} has {found}")
@@ -230,9 +223,9 @@ class _Walker:
 
     def head(self, name: str) -> tuple[str, int]:
         """Kind of the next value, and its length or, of an integer, the value itself."""
-        first = self.number(">B", name)
+        first = self.number(">B", repr(name))
         kind, length = HEADS.get(first, (f"code {first:#04x}", 0))
-        return kind, self.number(length, name) if isinstance(length, str) else length
+        return kind, self.number(length, repr(name)) if isinstance(length, str) else length
 
     def expect(self, expected: str, name: str) -> int:
         kind, length = self.head(name)
@@ -241,24 +234,4 @@ class _Walker:
         return length
 
     def string(self, name: str) -> str:
-        data = self.take(self.expect("string", name), name)
-        try:
-            return data.decode()
-        except UnicodeDecodeError as error:
-            raise InputError(f"{self.path}: {name!r} is not UTF-8: {error}") from None
-
-    def number(self, code: str, name: str) -> int:
-        return struct.unpack(code, self.take(struct.calcsize(code), name))[0]
-
-    def take(self, length: int, name: str) -> bytes:
-        self.advance(length, name)
-        return self.file.read(length)
-
-    def advance(self, length: int, name: str) -> int:
-        """Moves over `length` bytes; where they start."""
-        start, self.at = self.at, self.at + length
-        if self.at > self.size:
-            raise InputError(
-                f"{self.path}: the file is cut short: {name!r} should end at byte {self.at}, but there are {self.size}"
-            )
-        return start
+        return self.text(self.expect("string", name), repr(name))

@@ -6,14 +6,13 @@ values, but takes seconds for the metadata of a small model.
 
 import dataclasses
 import math
-import mmap
-import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rapidfire_jax.errors import InputError
+from rapidfire_jax.models.binary import Cursor, mapped
 from rapidfire_jax.models.gguf_blocks import BLOCKS, decode
 
 MAGIC = b"GGUF"
@@ -79,40 +78,15 @@ def read_gguf(path: str | Path) -> GGUFFile:
       InputError: not a GGUF file, cut short, inconsistent, or with tensors of another type.
     """
     path = Path(path)
-    try:
-        with open(path, "rb") as file:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:  # ValueError: an empty file
-        raise InputError(f"{path}: cannot read: {error}") from None
-    with data:
+    with mapped(path) as data:
         return _parse(path, _Cursor(path, data))
 
 
-class _Cursor:
-    """A position in the file that never moves beyond its end."""
-
-    def __init__(self, path: Path, data: mmap.mmap):
-        self.path, self.data, self.size, self.at = path, data, len(data), 0
-
-    def take(self, length: int, what: str) -> int:
-        """Moves over `length` bytes; where they start."""
-        start, self.at = self.at, self.at + length
-        if self.at > self.size:
-            raise InputError(
-                f"{self.path}: the file is cut short: {what} should end at byte {self.at}, but there are {self.size}"
-            )
-        return start
-
-    def number(self, code: str, what: str) -> Any:
-        return struct.unpack_from(code, self.data, self.take(struct.calcsize(code), what))[0]
+class _Cursor(Cursor):
+    """Reads the values of the metadata."""
 
     def string(self, what: str) -> str:
-        length = self.number("<Q", what)
-        start = self.take(length, what)
-        try:
-            return self.data[start : self.at].decode()
-        except UnicodeDecodeError as error:
-            raise InputError(f"{self.path}: {what} is not UTF-8: {error}") from None
+        return self.text(self.number("<Q", what), what)
 
     def value(self, kind: int, what: str) -> Any:
         if kind in SCALARS:

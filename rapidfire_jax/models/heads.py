@@ -8,8 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from rapidfire_jax.models.config import DecoderConfig
-from rapidfire_jax.models.decoder import AS_STORED, Decoder, Mask, Precision
+from rapidfire_jax.models.decoder import Decoder, Mask
 from rapidfire_jax.models.lora import merge_lora
 from rapidfire_jax.models.weights import assemble, parameters
 
@@ -28,18 +27,11 @@ class ValueHead(NamedTuple):
 class CausalLM(Decoder):
     """A decoder with its language-model head and, after `add_value_head`, a critic on the same trunk."""
 
-    def __init__(
-        self,
-        config: DecoderConfig,
-        *,
-        dtype: DTypeLike = jnp.float32,
-        precision: Precision = AS_STORED,
-        rngs: nnx.Rngs,
-    ):
-        super().__init__(config, dtype=dtype, precision=precision, rngs=rngs)
-        if not config.tie_embeddings:
+    def init_head(self, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        """Draws the rows of the head, unless the embedding serves as head too."""
+        if not self.config.tie_embeddings:
             init = jax.nn.initializers.normal(0.02)
-            self.lm_head = nnx.Param(init(rngs.params(), (config.vocab_size, config.hidden_size), dtype))
+            self.lm_head = nnx.Param(init(rngs.params(), (self.config.vocab_size, self.config.hidden_size), dtype))
         self.has_value_head = False
 
     def add_value_head(self, weights: ValueHead | None = None) -> None:
@@ -86,16 +78,9 @@ class RewardModel(Decoder):
     The head has no bias, as in Hugging Face's `...ForSequenceClassification` with one label.
     """
 
-    def __init__(
-        self,
-        config: DecoderConfig,
-        *,
-        dtype: DTypeLike = jnp.float32,
-        precision: Precision = AS_STORED,
-        rngs: nnx.Rngs,
-    ):
-        super().__init__(config, dtype=dtype, precision=precision, rngs=rngs)
-        self.add_value_head(ValueHead(_new_score(rngs.params(), config.hidden_size, dtype), None))
+    def init_head(self, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        """Draws a new scalar head."""
+        self.add_value_head(ValueHead(_new_score(rngs.params(), self.config.hidden_size, dtype), None))
 
     @classmethod
     def from_causal(cls, model: CausalLM, key: Array) -> "RewardModel":

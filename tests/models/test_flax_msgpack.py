@@ -116,7 +116,10 @@ def test_the_single_file_comes_first(tmp_path):
 
 def test_every_truncation_is_reported(tmp_path):
     whole = serialization.to_bytes(TREE)
-    for length in range(len(whole)):
+    write(tmp_path, b"")
+    with pytest.raises(InputError, match=r"flax_model\.msgpack: cannot read: cannot mmap an empty file"):
+        open_flax_msgpack(tmp_path)
+    for length in range(1, len(whole)):
         write(tmp_path, whole[:length])
         with pytest.raises(InputError, match=r"flax_model\.msgpack: the file is cut short: .* should end at byte"):
             open_flax_msgpack(tmp_path)
