@@ -8,19 +8,10 @@ import pydantic
 import yaml
 from pydantic import Field
 
+from rapidfire_jax.config.data import DataConfig
+from rapidfire_jax.config.reward import RewardConfig
+from rapidfire_jax.config.section import DType, Fraction, NonNegative, Positive, Section
 from rapidfire_jax.errors import InputError
-
-Positive = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-Range = tuple[Fraction, Fraction]
-DType = Literal["float32", "bfloat16", "float16"]
-
-
-class Section(pydantic.BaseModel):
-    """Base of every section: frozen, no unknown keys, no silent conversion between types."""
-
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class WeightsConfig(Section):
@@ -46,38 +37,6 @@ class AdapterConfig(Section):
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     layers: Positive | None = Field(default=None, description="adapt only the last n layers; null: all")
     rslora: bool = Field(default=False, description="scale by alpha / sqrt(rank) (Kalajdzievski 2023)")
-
-
-class DataConfig(Section):
-    """Prompts: one text column of a CSV or JSONL file, cut to its first tokens."""
-
-    path: Annotated[str, Field(min_length=1, description="file, or package://DIST/FILE")]
-    column: str = "prompt"
-    where: dict[str, str] = {}
-    chat_template: bool = False
-    prompt_tokens: tuple[Positive, Positive] | None = None
-    max_prompt_length: Positive = 512
-    train: Range = (0.0, 0.95)
-    held_out: Range = (0.95, 1.0)
-
-    @pydantic.model_validator(mode="after")
-    def _check(self) -> "DataConfig":
-        for name, (low, high) in (("train", self.train), ("held_out", self.held_out)):
-            if low >= high:
-                raise ValueError(f"{name}: [{low}, {high}] is empty; give a lower and a higher fraction")
-        if max(self.train[0], self.held_out[0]) < min(self.train[1], self.held_out[1]):
-            raise ValueError(f"train {list(self.train)} and held_out {list(self.held_out)} overlap")
-        if self.prompt_tokens and not self.prompt_tokens[0] <= self.prompt_tokens[1] <= self.max_prompt_length:
-            raise ValueError(f"prompt_tokens {list(self.prompt_tokens)} must rise and stay within max_prompt_length")
-        return self
-
-
-class RewardConfig(Section):
-    """One reward function and its weight in the sum."""
-
-    function: Annotated[str, Field(pattern=r"^[\w.]+:\w+$", description="package.module:function")]
-    args: dict[str, Any] = {}
-    weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
 
 
 class RolloutConfig(Section):
