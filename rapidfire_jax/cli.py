@@ -68,11 +68,11 @@ def train(
         assert config is not None
         run_config = load_config(config, overrides or [])
         run = RunDirectory.create(run_config)
-    from rapidfire_jax.training.ppo import train as train_ppo
+    from rapidfire_jax.training.job import train as train_job
 
     print(f"run directory: {run.path}", flush=True)
-    train_ppo(run_config, run)
-    print(f"final policy: {run.final}")
+    train_job(run_config, run)
+    print(f"final model: {run.final}")
 
 
 @app.command()
@@ -125,7 +125,7 @@ def export(
     if (Path(source) / "config.yaml").is_file():
         if adapter is not None or dtype != "auto":
             raise InputError("--adapter and --dtype are for models; the policy of a run is written as it was trained")
-        from rapidfire_jax.training.ppo import export_checkpoint
+        from rapidfire_jax.training.job import export_checkpoint
         from rapidfire_jax.training.run_directory import RunDirectory
 
         iteration = export_checkpoint(RunDirectory.open(source), folder)

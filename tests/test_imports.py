@@ -11,12 +11,12 @@ RANKS = {
     "errors": 0,
     "models": 1,
     "algorithms": 1,
-    "config": 1,
-    "data": 2,
-    "rollout": 3,
-    "rewards": 3,
-    "training": 4,
-    "cli": 5,
+    "config": 2,
+    "data": 3,
+    "rollout": 4,
+    "rewards": 4,
+    "training": 5,
+    "cli": 6,
 }
 
 

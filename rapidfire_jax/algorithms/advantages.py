@@ -1,8 +1,14 @@
-"""Advantage estimators."""
+"""Advantage estimators: with a critic, from returns, and from other responses to the same prompt."""
+
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
+
+from rapidfire_jax.algorithms.masking import wide
+
+type Scaling = Literal["std", "none"]
 
 
 def gae(
@@ -11,35 +17,102 @@ def gae(
     mask_t: Bool[Array, "B T"],
     gamma: Float[Array, ""] | float,
     lam: Float[Array, ""] | float,
+    next_v: Float[Array, "B"] | None = None,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Generalised advantage estimation.
 
         delta_t = r_t + gamma v_{t+1} - v_t
         adv_t = delta_t + gamma lam adv_{t+1}
 
-    where t+1 is the next position with `mask_t` True, and both `v` and `adv` are 0 after the last one.
+    where t+1 is the next position with `mask_t` True. After the last one `adv` is 0 and `v` is `next_v`.
 
     Args:
       r_t: reward received for token t.
       v_t: critic's value of the state before token t.
       mask_t: True on the tokens of the response; whatever stands at other positions has no effect.
       gamma, lam: discount and trace decay, in [0, 1].
+      next_v: value of the state after the last token: 0 for a response that ended, the critic's estimate to bootstrap
+        from for one that was cut off. None: 0 throughout.
 
     Returns:
-      `(adv_t, return_t)`, float32, with `return_t = adv_t + v_t`; 0 where `mask_t` is False. No gradient is stopped.
+      `(adv_t, return_t)`, float32 or wider, with `return_t = adv_t + v_t`; 0 where `mask_t` is False. No gradient is
+      stopped.
 
     References:
       Schulman et al., High-Dimensional Continuous Control Using Generalized Advantage Estimation, 2015, eq. 16.
     """
+    dtype = wide(r_t.dtype, v_t.dtype)
 
     def step(carry, inputs):
-        next_adv, next_v = carry
+        next_adv, after = carry
         r, v, mask = inputs
-        adv = r + gamma * next_v - v + gamma * lam * next_adv
-        return (jnp.where(mask, adv, next_adv), jnp.where(mask, v, next_v)), adv
+        adv = r + gamma * after - v + gamma * lam * next_adv
+        return (jnp.where(mask, adv, next_adv), jnp.where(mask, v, after)), adv
 
-    zeros = jnp.zeros(r_t.shape[0], jnp.float32)
-    time_first = (r_t.T.astype(jnp.float32), v_t.T.astype(jnp.float32), mask_t.T)
-    _, adv_t = jax.lax.scan(step, (zeros, zeros), time_first, reverse=True)
+    zeros = jnp.zeros(r_t.shape[0], dtype)
+    time_first = (r_t.T.astype(dtype), v_t.T.astype(dtype), mask_t.T)
+    carry = (zeros, zeros if next_v is None else next_v.astype(dtype))
+    _, adv_t = jax.lax.scan(step, carry, time_first, reverse=True)
     adv_t = jnp.where(mask_t, adv_t.T, 0.0)
-    return adv_t, jnp.where(mask_t, adv_t + v_t, 0.0)
+    return adv_t, jnp.where(mask_t, adv_t + v_t.astype(dtype), 0.0)
+
+
+def discounted_returns(
+    r_t: Float[Array, "B T"], mask_t: Bool[Array, "B T"], gamma: Float[Array, ""] | float
+) -> Float[Array, "B T"]:
+    """`return_t = r_t + gamma return_{t+1}` over the positions where `mask_t`; 0 elsewhere."""
+    return gae(r_t, jnp.zeros_like(r_t), mask_t, gamma, 1.0)[0]
+
+
+def group_advantages(score: Float[Array, "B"], group_size: int, scaling: Scaling = "std") -> Float[Array, "B"]:
+    """Score of each response relative to the others of its prompt: `score - mean`, over `std + 1e-4` if so scaled.
+
+    Args:
+      score: of B = P x G responses; the G of a prompt stand next to each other.
+      group_size: G; the standard deviation is the unbiased one.
+      scaling: "std" as in GRPO; "none" as in Dr. GRPO, which does not overweight prompts that are nearly solved or
+        nearly hopeless.
+
+    References:
+      Shao et al., DeepSeekMath, 2024, sec. 4.1.2; Liu et al., Understanding R1-Zero-Like Training, 2025, sec. 3.2.
+    """
+    groups = _groups(score, group_size)
+    centred = groups - groups.mean(axis=1, keepdims=True)
+    if scaling == "std":
+        variance = (centred**2).sum(axis=1, keepdims=True) / max(group_size - 1, 1)
+        centred = centred / (jnp.sqrt(variance) + 1e-4)
+    return centred.reshape(-1)
+
+
+def leave_one_out_advantages(score: Float[Array, "B"], group_size: int) -> Float[Array, "B"]:
+    """`score_i - mean of the other G - 1 scores of the same prompt`.
+
+    Args:
+      score: of B = P x G responses; the G of a prompt stand next to each other.
+      group_size: G, at least 2.
+
+    References:
+      Kool et al., Buy 4 REINFORCE Samples, Get a Baseline for Free!, 2019; Ahmadian et al., Back to Basics, 2024,
+      eq. 8.
+    """
+    if group_size < 2:
+        raise ValueError(f"group_size={group_size}: leaving one out needs at least 2 responses a prompt")
+    groups = _groups(score, group_size)
+    others = (groups.sum(axis=1, keepdims=True) - groups) / (group_size - 1)
+    return (groups - others).reshape(-1)
+
+
+def informative_groups(score: Float[Array, "B"], group_size: int) -> Bool[Array, "B"]:
+    """True for the responses of prompts whose responses were not all scored alike: only these have a gradient.
+
+    References:
+      Yu et al., DAPO, 2025, sec. 3.2 (dynamic sampling).
+    """
+    groups = _groups(score, group_size)
+    return jnp.repeat(groups.max(axis=1) > groups.min(axis=1), group_size)
+
+
+def _groups(score: Float[Array, "B"], group_size: int) -> Float[Array, "P G"]:
+    if score.shape[0] % group_size:
+        raise ValueError(f"{score.shape[0]} responses cannot be cut into groups of {group_size}")
+    return score.reshape(-1, group_size)

@@ -1,6 +1,7 @@
-"""The optimiser, with the learning rate as an argument of every update instead of a constant inside."""
+"""The optimiser, with the learning rates as arguments of every update instead of constants inside."""
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import optax
@@ -13,16 +14,39 @@ def make_optimizer(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     max_grad_norm: float | None = None,
+    is_critic: Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Global-norm clipping, then AdamW or SGD; `update(..., learning_rate=...)` takes the rate, which may be traced."""
+    """Global-norm clipping, then AdamW or SGD; `update(..., learning_rate=...)` takes the rate, which may be traced.
+
+    Args:
+      name: "adamw" or "sgd".
+      betas, eps: of Adam.
+      weight_decay: decoupled, times the learning rate.
+      max_grad_norm: of all gradients together; None: no clipping.
+      is_critic: parameters -> a tree of bools; where True, `critic_learning_rate` is followed instead.
+    """
     direction = {"adamw": optax.scale_by_adam(*betas, eps=eps), "sgd": optax.identity()}
     clip = [] if max_grad_norm is None else [optax.clip_by_global_norm(max_grad_norm)]
     decay = [optax.add_decayed_weights(weight_decay)] if weight_decay else []
-    return optax.chain(*clip, direction[name], *decay, _descend())
+    return optax.chain(*clip, direction[name], *decay, _descend(is_critic))
 
 
-def _descend() -> optax.GradientTransformationExtraArgs:
-    def update(updates, state, params=None, *, learning_rate, **_):
-        return jax.tree.map(lambda u: -learning_rate * u, updates), state
+def separate_optimizers(
+    policy: optax.GradientTransformation, critic: optax.GradientTransformation, is_critic: Callable[[Any], Any]
+) -> optax.GradientTransformationExtraArgs:
+    """One optimiser for the policy's parameters and one for the critic's; each clips the norm of its own gradients."""
+
+    def labels(params: Any) -> Any:
+        return jax.tree.map(lambda critic: "critic" if critic else "policy", is_critic(params))
+
+    return optax.partition({"policy": policy, "critic": critic}, labels)
+
+
+def _descend(is_critic: Callable[[Any], Any] | None) -> optax.GradientTransformationExtraArgs:
+    def update(updates, state, params=None, *, learning_rate, critic_learning_rate=None, **_):
+        if is_critic is None:
+            return jax.tree.map(lambda u: -learning_rate * u, updates), state
+        rates = lambda u, critic: -(critic_learning_rate if critic else learning_rate) * u  # noqa: E731
+        return jax.tree.map(rates, updates, is_critic(updates)), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

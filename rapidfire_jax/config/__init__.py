@@ -1,6 +1,11 @@
-"""YAML and command-line overrides -> one frozen, validated run configuration."""
+"""YAML and command-line overrides -> one frozen, validated run configuration.
+
+A run has the sections that all runs share, those of its kind (online: it learns from its own rollouts; offline: from
+data), and one of its algorithm, which is derived from the dataclasses of `rapidfire_jax.algorithms`.
+"""
 
 import difflib
+import functools
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -8,9 +13,10 @@ import pydantic
 import yaml
 from pydantic import Field
 
+from rapidfire_jax.algorithms import tasks
 from rapidfire_jax.config.data import DataConfig
 from rapidfire_jax.config.reward import RewardConfig
-from rapidfire_jax.config.section import DType, Fraction, NonNegative, Positive, Section
+from rapidfire_jax.config.section import DType, Fraction, NonNegative, Positive, Section, section_of
 from rapidfire_jax.errors import InputError
 
 
@@ -23,7 +29,7 @@ class WeightsConfig(Section):
 
 
 class ModelConfig(WeightsConfig):
-    """The policy."""
+    """The model that is trained."""
 
     adapter: str | None = Field(default=None, description="peft folder or repository, merged into the weights")
 
@@ -42,7 +48,7 @@ class AdapterConfig(Section):
 class RolloutConfig(Section):
     """How responses are sampled."""
 
-    batch_size: Positive = 64
+    batch_size: Positive = Field(default=64, description="responses an iteration")
     max_new_tokens: Positive = 64
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
     top_k: Annotated[int, Field(ge=0, description="0: off")] = 0
@@ -52,24 +58,6 @@ class RolloutConfig(Section):
         default="recompute",
         description="behaviour log-probabilities and values: from the decode, or from a pass of the update's own",
     )
-
-
-class RLConfig(Section):
-    """Proximal policy optimisation."""
-
-    kl_coef: NonNegative = 0.05
-    kl_estimator: Literal["k1", "k3"] = "k1"
-    gamma: Fraction = 1.0
-    lam: Fraction = 0.95
-    clip_range: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
-    value_clip_range: Annotated[float, Field(gt=0.0)] = 0.2
-    value_coef: NonNegative = 0.1
-    entropy_coef: NonNegative = 0.0
-    whiten_advantages: bool = True
-    reward_clip: Annotated[float, Field(gt=0.0)] | None = None
-    missing_eos_penalty: NonNegative = 0.0
-    epochs: Positive = 4
-    minibatches: Positive = 1
 
 
 class OptimizerConfig(Section):
@@ -85,14 +73,44 @@ class OptimizerConfig(Section):
     max_grad_norm: Annotated[float, Field(gt=0.0)] | None = 1.0
 
 
+class CriticConfig(Section):
+    """The critic: a value head on the policy's trunk, or a model of its own."""
+
+    name: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None, description="a sequence classifier with one label, as model.name; null: a head on the policy"
+    )
+    dtype: DType = "float32"
+    compute_dtype: DType | None = None
+    optimizer: OptimizerConfig | None = Field(default=None, description="of its own; null: shared with the policy")
+
+
 class TrainingConfig(Section):
     """Length of the run, checkpoints and evaluation."""
 
-    iterations: Positive = 100
+    iterations: Positive | None = None
     checkpoint_every: Positive = 50
     keep_checkpoints: Positive = 2
-    eval_prompts: Positive = 128
     eval_every: Positive | None = Field(default=None, description="null: before and after only")
+
+
+class OnlineTrainingConfig(TrainingConfig):
+    """An iteration is a rollout and what is learnt from it."""
+
+    iterations: Positive = 100
+    eval_prompts: Positive = 128
+
+
+class OfflineTrainingConfig(TrainingConfig):
+    """An iteration is an optimiser step."""
+
+    epochs: Annotated[float, Field(gt=0)] | None = Field(default=None, description="passes over the data")
+    eval_examples: Positive = 256
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> "OfflineTrainingConfig":
+        if (self.iterations is None) == (self.epochs is None):
+            raise ValueError(f"give iterations or epochs; found iterations={self.iterations} and epochs={self.epochs}")
+        return self
 
 
 class MemoryConfig(Section):
@@ -108,47 +126,113 @@ class LoggingConfig(Section):
 
 
 class RunConfig(Section):
-    """One complete run."""
+    """One complete run; `run_class` adds the section of its algorithm."""
 
-    task: Literal["ppo"]
+    task: str
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     run_dir: Annotated[str, Field(min_length=1)]
     model: ModelConfig
-    critic: WeightsConfig | None = Field(
-        default=None, description="a sequence classifier with one label; null: a value head on the policy"
-    )
     adapter: AdapterConfig = AdapterConfig()
     data: DataConfig
-    reward: Annotated[tuple[RewardConfig, ...], Field(min_length=1)]
-    rollout: RolloutConfig = RolloutConfig()
-    rl: RLConfig = RLConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    training: TrainingConfig = TrainingConfig()
+    training: TrainingConfig
     memory: MemoryConfig = MemoryConfig()
     logging: LoggingConfig = LoggingConfig()
 
-    @pydantic.field_validator("reward", mode="before")
+    @property
+    def settings(self) -> Any:
+        """The section of the algorithm."""
+        return getattr(self, tasks()[self.task].section)
+
+
+class OnlineRunConfig(RunConfig):
+    """A run that learns from its own rollouts."""
+
+    critic: CriticConfig = CriticConfig()
+    reward: tuple[RewardConfig, ...]
+    judge: tuple[RewardConfig, ...] = Field(
+        default=(), description="scores responses to the held-out prompts; nothing is trained on it"
+    )
+    rollout: RolloutConfig = RolloutConfig()
+    training: OnlineTrainingConfig = OnlineTrainingConfig()
+
+    @pydantic.field_validator("reward", "judge", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return (value,) if isinstance(value, dict) else value
 
     @pydantic.model_validator(mode="after")
-    def _check(self) -> "RunConfig":
-        if self.rollout.batch_size % self.rl.minibatches:
+    def _check(self) -> "OnlineRunConfig":
+        algorithm, rows, settings = tasks()[self.task], self.rollout.batch_size, self.settings
+        if not self.reward:
+            raise ValueError("reward: give at least one")
+        for name, parts in (("minibatches", settings.minibatches), ("group_size", getattr(settings, "group_size", 1))):
+            if rows % parts:
+                raise ValueError(f"rollout.batch_size={rows} is not a multiple of rl.{name}={parts}")
+        if rows // settings.minibatches % settings.micro_batches:
             raise ValueError(
-                f"rollout.batch_size={self.rollout.batch_size} is not a multiple of "
-                f"rl.minibatches={self.rl.minibatches}"
+                f"{rows // settings.minibatches} responses a minibatch are not a multiple of "
+                f"rl.micro_batches={settings.micro_batches}"
             )
-        if self.critic is not None and self.rollout.log_probs == "reuse":
+        if not algorithm.has_critic and self.critic != CriticConfig():
+            raise ValueError(f"critic: {self.task} has none")
+        if self.rollout.log_probs == "reuse":
+            needing = {
+                "critic.name": self.critic.name,
+                "rl.importance_cap": settings.importance_cap,
+                "rl.bootstrap_truncated": getattr(settings, "bootstrap_truncated", False),
+            }
+            for key, value in needing.items():
+                if value:
+                    raise ValueError(
+                        f"rollout.log_probs=reuse takes log-probabilities and values from the decode, which "
+                        f"{key}={value} cannot do with; use recompute"
+                    )
+        if (problem := algorithm.objection(self)) is not None:
+            raise ValueError(problem)
+        return self
+
+
+class OfflineRunConfig(RunConfig):
+    """A run that learns from data that exist already."""
+
+    training: OfflineTrainingConfig
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> "OfflineRunConfig":
+        settings = self.settings
+        if settings.batch_size % settings.micro_batches:
+            section = tasks()[self.task].section
             raise ValueError(
-                "rollout.log_probs=reuse takes values from the decode, which a separate critic has no part in; "
-                "use recompute"
+                f"{section}.batch_size={settings.batch_size} is not a multiple of "
+                f"{section}.micro_batches={settings.micro_batches}"
             )
         return self
 
 
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+@functools.cache
+def run_class(task: str) -> type[RunConfig]:
+    """The class of a task's configurations.
+
+    Raises:
+      InputError: no such task.
+    """
+    if task not in tasks():
+        nearest = difflib.get_close_matches(str(task), tasks(), n=1, cutoff=0.4)
+        hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+        raise InputError(f"task: {task!r} is not known; {hint}accepted: {', '.join(tasks())}")
+    algorithm = tasks()[task]
+    section = section_of(algorithm.config, algorithm.hparams)
+    fields: dict[str, Any] = {"task": (Literal[task], ...), algorithm.section: (section, section())}
+    base = OnlineRunConfig if algorithm.online else OfflineRunConfig
+    return pydantic.create_model(f"{task}_run", __base__=base, **fields)
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Any:
     """Reads a YAML file, applies `section.key=value` overrides (values are YAML too) and validates the whole.
+
+    Returns:
+      An `OnlineRunConfig` or `OfflineRunConfig`, of the class of its task.
 
     Raises:
       InputError: naming the file, the key, the value found and what would be accepted.
@@ -167,12 +251,18 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     return parse_config(tree, where=str(path))
 
 
-def parse_config(tree: dict[str, Any], where: str = "configuration") -> RunConfig:
+def parse_config(tree: dict[str, Any], where: str = "configuration") -> Any:
     """Validates an already parsed tree; see `load_config`."""
+    if "task" not in tree:
+        raise InputError(f"{where}: key 'task' is required; accepted: {', '.join(tasks())}")
     try:
-        return RunConfig.model_validate(_numbers(tree))
+        cls = run_class(tree["task"] if isinstance(tree["task"], str) else repr(tree["task"]))
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    try:
+        return cls.model_validate(_numbers(tree))
     except pydantic.ValidationError as error:
-        lines = [_explain(item) for item in error.errors()]
+        lines = [_explain(cls, item) for item in error.errors()]
         raise InputError("\n".join(f"{where}: {line}" for line in dict.fromkeys(lines))) from None
 
 
@@ -210,21 +300,20 @@ def _numbers(value: Any, key: str = "") -> Any:
     return value
 
 
-def _fields(location: tuple[int | str, ...]) -> list[str]:
+def _fields(model: Any, location: tuple[int | str, ...]) -> list[str]:
     """Names accepted beside the last part of `location`."""
-    model: Any = RunConfig
     for part in location[:-1]:
         annotation = model.model_fields[part].annotation if isinstance(part, str) else None
         sections = [kind for kind in (annotation, *get_args(annotation)) if hasattr(kind, "model_fields")]
-        model = sections[0] if sections else (RewardConfig if part == "reward" else model)
+        model = sections[0] if sections else (RewardConfig if part in ("reward", "judge") else model)
     return list(model.model_fields)
 
 
-def _explain(error: Any) -> str:
+def _explain(cls: type[RunConfig], error: Any) -> str:
     location = tuple(error["loc"])
     key = ".".join(str(part) for part in location) or "configuration"
     if error["type"] == "extra_forbidden":
-        names = _fields(location)
+        names = _fields(cls, location)
         nearest = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.4)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(names)}"
         return f"unknown key {key!r}; {hint}"

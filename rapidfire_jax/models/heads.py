@@ -104,10 +104,15 @@ class RewardModel(Decoder):
         return hidden.astype(jnp.float32) @ self.score[...].astype(jnp.float32)
 
     def __call__(
-        self, tokens: Int[Array, "B S"], mask: Mask | None = None, positions: Int[Array, "B S"] | None = None
+        self,
+        tokens: Int[Array, "B S"],
+        mask: Mask | None = None,
+        positions: Int[Array, "B S"] | None = None,
+        *,
+        remat: bool = False,
     ) -> Float[Array, "B"]:
         """Reward of each row, float32: the head at the row's last real token, wherever padding stands."""
-        hidden = self.hidden(tokens, mask, positions)
+        hidden = self.hidden(tokens, mask, positions, remat=remat)
         real = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
         last = tokens.shape[1] - 1 - jnp.argmax(real[:, ::-1], axis=1)
         return self.value(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])

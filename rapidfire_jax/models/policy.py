@@ -20,6 +20,8 @@ from rapidfire_jax.models.lora import add_lora
 
 type Params = Any  # a pytree of arrays
 
+VALUE_HEAD = ("value_kernel", "value_bias")
+
 
 class Parts(NamedTuple):
     """Parameters of the policy and of a separate critic; None: the critic is a head on the policy's trunk."""
@@ -33,7 +35,8 @@ class TokenOutputs(NamedTuple):
 
     logp_t: Float[Array, "B T"]  # nats
     entropy_t: Float[Array, "B T"]  # nats
-    v_t: Float[Array, "B T"]  # critic, from the state before token t
+    v_t: Float[Array, "B T"] | None  # critic, from the state before token t; None without one
+    next_v: Float[Array, "B"] | None  # critic, from the state after the last token
 
 
 class Inputs(NamedTuple):
@@ -89,20 +92,31 @@ class Policy:
         through value head and trunk.
         """
         model, critic = self.merge(frozen, trainable), self.merge_critic(frozen, trainable)
-        hidden = _before_response(model, inputs, inputs.lower.policy, response_length, self.remat)
-        logp_t, entropy_t = _log_probs(model, hidden, inputs, temperature)
-        if critic is None:
-            return TokenOutputs(logp_t, entropy_t, model.value(hidden))
-        hidden = _before_response(critic, inputs, inputs.lower.critic, response_length, self.remat)
-        return TokenOutputs(logp_t, entropy_t, critic.value(hidden))
+        hidden = _around_response(model, inputs, inputs.lower.policy, response_length, self.remat)
+        logp_t, entropy_t = _log_probs(model, hidden[:, :-1], inputs, temperature)
+        if critic is not None:
+            hidden = _around_response(critic, inputs, inputs.lower.critic, response_length, self.remat)
+            values = critic.value(hidden)
+        elif model.has_value_head:
+            values = model.value(hidden)
+        else:
+            return TokenOutputs(logp_t, entropy_t, None, None)
+        return TokenOutputs(logp_t, entropy_t, values[:, :-1], values[:, -1])
 
     def reference(
         self, frozen: Parts, inputs: Inputs, response_length: int, temperature: Float[Array, ""] | float
     ) -> Float[Array, "B T"]:
         """Log-probability of the last `response_length` tokens under the policy the run started from."""
         model = nnx.merge(self.reference_graphdefs.policy, frozen.policy)
-        hidden = _before_response(model, inputs, inputs.lower.policy, response_length, remat=False)
-        return _log_probs(model, hidden, inputs, temperature)[0]
+        hidden = _around_response(model, inputs, inputs.lower.policy, response_length, remat=False)
+        return _log_probs(model, hidden[:, :-1], inputs, temperature)[0]
+
+    def is_critic(self, trainable: Parts) -> Parts:
+        """For each trainable array, whether it is the critic's alone: a separate critic's, or the value head's."""
+        of_policy = jax.tree.map_with_path(
+            lambda path, _: jax.tree_util.keystr(path[:1], simple=True) in VALUE_HEAD, trainable.policy
+        )
+        return Parts(of_policy, jax.tree.map(lambda _: True, trainable.critic))
 
     def _merge(self, graphdef: Any, frozen: Params, trainable: Params) -> Any:
         return nnx.merge(graphdef, trainable) if self.full else nnx.merge(graphdef, frozen, trainable)
@@ -114,9 +128,10 @@ def make_policy(
     *,
     lora: dict[str, Any] | None,
     critic: RewardModel | None = None,
+    value_head: bool = True,
     remat: bool = False,
 ) -> tuple[Policy, Parts, Parts]:
-    """Splits a loaded model, once, into `(policy, frozen, trainable)`. The model gains the adapters and a value head.
+    """Splits a loaded model, once, into `(policy, frozen, trainable)`. The model gains adapters and a value head.
 
     Args:
       model: as loaded, without adapters; a value head that it brings is trained on.
@@ -124,19 +139,20 @@ def make_policy(
       lora: arguments of `add_lora` but its key, or None to train every weight.
       critic: a model of its own, of any size but with the same vocabulary, trained like the policy; None: a value head
         on the policy's trunk.
+      value_head: False leaves out the value head that stands in for a separate critic.
       remat: recompute each layer in the backward pass instead of keeping its activations.
     """
     if critic is None:
-        parts = [Parts(part) for part in _split(model, lora, key, value_head=True)]
+        parts = [Parts(part) for part in split_parameters(model, lora, key, value_head=value_head)]
     else:
-        of_policy = _split(model, lora, key, value_head=False)
-        of_critic = _split(critic, lora, jax.random.fold_in(key, 1), value_head=True)
+        of_policy = split_parameters(model, lora, key, value_head=False)
+        of_critic = split_parameters(critic, lora, jax.random.fold_in(key, 1), value_head=True)
         parts = [Parts(*pair) for pair in zip(of_policy, of_critic, strict=True)]
     graphdefs, reference_graphdefs, frozen, trainable = parts
     return Policy(graphdefs, reference_graphdefs, full=lora is None, remat=remat), frozen, trainable
 
 
-def _split(
+def split_parameters(
     model: CausalLM | RewardModel, lora: dict[str, Any] | None, key: Array, *, value_head: bool
 ) -> tuple[Any, Any, Params, Params]:
     """Graph definitions with and without what is added for training, frozen and trainable parameters."""
@@ -158,13 +174,13 @@ def _split(
     return graphdef, reference_graphdef, frozen, trainable
 
 
-def _before_response(
+def _around_response(
     model: Decoder, inputs: Inputs, lower: Float[Array, "B S D"] | None, response_length: int, remat: bool
-) -> Float[Array, "B T D"]:
-    """Hidden states from which the response tokens were predicted: one position earlier than the tokens."""
+) -> Float[Array, "B T+1 D"]:
+    """Hidden states from which the response tokens were predicted, one position earlier, and that of the last one."""
     tokens, mask, _ = inputs
     x = model.lower(tokens, mask) if lower is None else lower
-    return model.upper(x, mask, remat=remat)[:, -response_length - 1 : -1]
+    return model.upper(x, mask, remat=remat)[:, -response_length - 1 :]
 
 
 def _log_probs(

@@ -1,1 +1,1 @@
-"""Rewards: plain functions of prompts and responses, and their weighted sum."""
+"""Rewards: functions of prompts and responses, neural reward models, HTTP servers, and their weighted sum."""

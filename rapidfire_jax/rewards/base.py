@@ -1,149 +1,123 @@
-"""From `package.module:function` in a configuration to checked scores."""
+"""From the `reward:` of a configuration to checked scores."""
 
-import difflib
-import importlib
-import inspect
-import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from rapidfire_jax.config import RewardConfig
 from rapidfire_jax.errors import InputError
+from rapidfire_jax.rewards.functions import RewardFunction
+from rapidfire_jax.rewards.model import NeuralReward
+from rapidfire_jax.rewards.remote import RemoteReward
+from rapidfire_jax.rewards.values import Values
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Rewards of one batch: the weighted sum and the unweighted parts, each float32 [B]."""
+    """Rewards of one batch of B responses.
 
-    total: np.ndarray
-    components: dict[str, np.ndarray]
+    A component that rewards tokens counts in `token_rewards` and not in `total`; its part in `components` is the sum
+    over the tokens of a response.
+    """
+
+    total: np.ndarray  # float32 [B]: weighted sum of the components that give one number a response
+    components: dict[str, np.ndarray]  # name -> float32 [B], unweighted
+    token_rewards: list[np.ndarray] | None = None  # float32 [tokens of the response], one a response; weighted sum
+
+    @property
+    def overall(self) -> np.ndarray:
+        """Everything that a response was given, float32 [B]: its total and the rewards of its tokens."""
+        if self.token_rewards is None:
+            return self.total
+        return self.total + _sums(self.token_rewards)
 
 
-Reward = Callable[[list[str], list[str], Mapping[str, Sequence[Any]]], Scores]
+class Reward(Protocol):
+    """What `load_reward` returns."""
+
+    def __call__(
+        self,
+        prompts: list[str],
+        responses: list[str],
+        columns: Mapping[str, Sequence[Any]],
+        response_tokens: Sequence[Sequence[int]] | None = None,
+    ) -> Scores:
+        """Scores a batch; without `response_tokens`, the token ids of each response, no token can be rewarded."""
 
 
-def load_reward(configs: tuple[RewardConfig, ...]) -> Reward:
-    """Looks the functions up and returns `reward(prompts, responses, columns) -> Scores`.
+type Component = Callable[[list[str], list[str], Mapping[str, Sequence[Any]], Sequence[Sequence[int]] | None], Values]
 
-    Each function is called as `function(prompts, responses, **columns, **args)` and returns one finite number a
-    response. It gets those columns of the data that its signature names, or all of them if it takes `**kwargs`; where
-    `args` and a column share a name, it gets the one of `args`. Modules in the working directory are found as well.
+
+def load_reward(configs: Sequence[RewardConfig], *, special_tokens: Sequence[str] = ()) -> Reward:
+    """Finds the functions, loads the models, and returns `reward(prompts, responses, columns, response_tokens)`.
+
+    A function is called as `function(prompts, responses, **columns, **args)` and returns one finite number a response,
+    or for every response a list of one finite number a token. It gets those columns of the data that its signature
+    names, or all of them if it takes `**kwargs`, and the token ids if it names `response_tokens`; where `args` and a
+    column share a name, it gets the one of `args`. Modules in the working directory are found as well.
+
+    Args:
+      configs: one entry a component.
+      special_tokens: those of the policy's tokenizer, as texts; a reward model does not read those that it does not
+        know.
 
     Raises:
-      InputError: a module, function or argument that does not exist; when called, a function that raises, lacks an
-        argument, or returns something else than one finite number a response.
+      InputError: a module, function, argument, model or environment variable that does not exist, or a name given
+        twice; when called, a reward that fails, lacks an argument, or returns something else than finite numbers.
     """
-    functions = [_Function.load(config) for config in configs]
-    names = _names([config.function.partition(":")[2] for config in configs])
+    names = _names(configs)
+    components = {name: _load(config, special_tokens) for name, config in zip(names, configs, strict=True)}
+    weights = {name: config.weight for name, config in zip(names, configs, strict=True)}
 
-    def reward(prompts: list[str], responses: list[str], columns: Mapping[str, Sequence[Any]]) -> Scores:
-        components = {
-            name: function(prompts, responses, columns) for name, function in zip(names, functions, strict=True)
-        }
-        weighted = [config.weight * part for config, part in zip(configs, components.values(), strict=True)]
-        return Scores(np.sum(weighted, axis=0, dtype=np.float32), components)
+    def reward(
+        prompts: list[str],
+        responses: list[str],
+        columns: Mapping[str, Sequence[Any]],
+        response_tokens: Sequence[Sequence[int]] | None = None,
+    ) -> Scores:
+        parts = {name: score(prompts, responses, columns, response_tokens) for name, score in components.items()}
+        of_responses: list[np.ndarray] = [
+            weights[name] * part for name, part in parts.items() if isinstance(part, np.ndarray)
+        ]
+        of_tokens = [[weights[name] * row for row in part] for name, part in parts.items() if isinstance(part, list)]
+        return Scores(
+            total=np.sum([np.zeros(len(responses), np.float32), *of_responses], axis=0, dtype=np.float32),
+            components={name: _sums(part) if isinstance(part, list) else part for name, part in parts.items()},
+            token_rewards=_add(of_tokens) if of_tokens else None,
+        )
 
     return reward
 
 
-@dataclass(frozen=True)
-class _Function:
-    """One reward function, its arguments bound and its values checked."""
-
-    name: str
-    call: Callable[..., Any]
-    signature: inspect.Signature
-    args: dict[str, Any]
-
-    @classmethod
-    def load(cls, config: RewardConfig) -> "_Function":
-        call = _find(config.function)
-        try:
-            signature = inspect.signature(call)
-            signature.bind_partial([], [])
-        except (TypeError, ValueError):
-            raise InputError(f"reward {config.function}: does not take (prompts, responses, ...)") from None
-        function = cls(config.function, call, signature, config.args)
-        for name in config.args:
-            if not function._takes(name):
-                known = function._keywords()
-                raise InputError(f"reward {config.function}: no argument {name!r}; {_hint(name, known, 'it takes')}")
-        return function
-
-    def __call__(self, prompts: list[str], responses: list[str], columns: Mapping[str, Sequence[Any]]) -> np.ndarray:
-        keywords = {name: values for name, values in columns.items() if self._takes(name)} | self.args
-        try:
-            self.signature.bind(prompts, responses, **keywords)
-        except TypeError as error:
-            raise InputError(
-                f"reward {self.name}: {error}, neither in reward.args nor a column of the data "
-                f"({', '.join(map(repr, columns)) or 'it has none'})"
-            ) from None
-        try:
-            values = self.call(prompts, responses, **keywords)
-        except InputError:
-            raise
-        except Exception as error:
-            raise InputError(f"reward {self.name} raised {type(error).__name__}: {error}") from error
-        return self._check(values, len(responses))
-
-    def _keywords(self) -> list[str]:
-        """Parameters that can be given by name, without those for prompts and responses."""
-        parameters = list(self.signature.parameters.values())
-        positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        return [p.name for p in named if p not in positional[:2]]
-
-    def _takes(self, name: str) -> bool:
-        parameters = self.signature.parameters
-        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        return name in self._keywords() or (takes_all and name not in parameters)
-
-    def _check(self, values: Any, count: int) -> np.ndarray:
-        try:
-            array = np.asarray(values)
-        except Exception as error:
-            raise InputError(f"reward {self.name} returned {type(values).__name__}, not numbers: {error}") from error
-        if array.shape != (count,):
-            found = f"shape {array.shape}" if array.shape else f"{values!r:.100}"
-            raise InputError(f"reward {self.name} returned {found}; one number for each of {count} responses is wanted")
-        if not np.can_cast(array.dtype, np.float64, "same_kind"):
-            row = next((i for i, v in enumerate(values) if not isinstance(v, int | float | np.number)), 0)
-            raise InputError(f"reward {self.name}: row {row}: {values[row]!r} is not a number")
-        with np.errstate(over="ignore"):
-            scores = array.astype(np.float32)
-        for bad in np.flatnonzero(~np.isfinite(scores)).tolist():
-            raise InputError(f"reward {self.name}: row {bad}: {array[bad]} is not a finite float32")
-        return scores
+def _load(config: RewardConfig, special_tokens: Sequence[str]) -> Component:
+    match config.kind:
+        case "function":
+            return RewardFunction.load(config)
+        case "model":
+            return NeuralReward.load(config, special_tokens)
+    return RemoteReward.load(config)
 
 
-def _find(name: str) -> Callable[..., Any]:
-    module_name, _, function_name = name.partition(":")
-    if not {"", os.getcwd()} & set(sys.path):
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise InputError(
-            f"reward {name}: cannot import {module_name!r} (working directory {os.getcwd()}): "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function) or isinstance(function, type):
-        known = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
-        raise InputError(f"reward {name}: no function {function_name!r}; {_hint(function_name, known, 'it has')}")
-    return function
+def _add(parts: list[list[np.ndarray]]) -> list[np.ndarray]:
+    return [np.sum(rows, axis=0, dtype=np.float32) for rows in zip(*parts, strict=True)]
 
 
-def _hint(name: str, known: list[str], otherwise: str) -> str:
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    return f"did you mean {nearest[0]!r}?" if nearest else f"{otherwise} {', '.join(map(repr, known)) or 'none'}"
+def _sums(rows: list[np.ndarray]) -> np.ndarray:
+    return np.array([row.sum() for row in rows], np.float32)
 
 
-def _names(names: list[str]) -> list[str]:
-    """Distinct names: a second `f` is called `f_2`."""
-    return [name if (n := names[:i].count(name)) == 0 else f"{name}_{n + 1}" for i, name in enumerate(names)]
+def _names(configs: Sequence[RewardConfig]) -> list[str]:
+    """Distinct names of the components: of those that were not given one, a second `f` is called `f_2`."""
+    given = [config.name for config in configs if config.name is not None]
+    for name in given:
+        if given.count(name) > 1:
+            raise InputError(f"reward: {given.count(name)} components have the name {name!r}; give each its own")
+    names: list[str] = []
+    for config in configs:
+        default = config.function.partition(":")[2] if config.function is not None else config.kind
+        taken = {*names, *given}
+        others = (f"{default}_{number}" for number in range(2, len(configs) + 2))
+        names.append(config.name or next(name for name in (default, *others) if name not in taken))
+    return names

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from rapidfire_jax.algorithms.ppo import TrainState
+from rapidfire_jax.algorithms.train_state import TrainState
 from rapidfire_jax.errors import InputError
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every save at WARNING
@@ -49,16 +49,20 @@ class Checkpoints:
         except Exception as error:  # orbax raises many kinds
             raise InputError(f"{self._folder / str(self.latest)}: cannot be restored: {error}") from error
         leaves = [restored.state[name] for name in like]
-        structure = jax.tree.structure((state.trainable, state.opt_state, state.step))
-        trainable, opt_state, step = jax.tree.unflatten(structure, leaves)
-        return dataclasses.replace(state, trainable=trainable, opt_state=opt_state, step=step), restored.record
+        changed = jax.tree.unflatten(jax.tree.structure(_changing(state)), leaves)
+        return dataclasses.replace(state, **changed), restored.record
 
     def close(self) -> None:
         """Waits for what is being written."""
         self._manager.close()
 
 
+def _changing(state: TrainState) -> dict[str, Any]:
+    fields = dataclasses.fields(state)
+    return {field.name: getattr(state, field.name) for field in fields if field.name != "frozen"}
+
+
 def _flatten(state: TrainState) -> dict[str, jax.Array]:
     """Leaves by name, in a fixed order: plain names outlive changes of library classes."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path((state.trainable, state.opt_state, state.step))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(_changing(state))
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

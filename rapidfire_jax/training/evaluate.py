@@ -20,11 +20,19 @@ def distinct_n(responses: Sequence[Sequence[int]], n: int) -> float:
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
+def win_rate(samples: list[dict[str, Any]], score: str) -> float:
+    """Share of prompts whose sample of the phase "after" scores higher than that of "before"; a tie is half a win."""
+    scores = {phase: [sample[score] for sample in samples if sample["phase"] == phase] for phase in ("before", "after")}
+    before, after = np.array(scores["before"]), np.array(scores["after"])
+    return float(np.mean((after > before) + 0.5 * (after == before)))
+
+
 def evaluate_policy(
     sample: Callable[..., Any],
     reference: Callable[..., Any],
     prompts: PromptSet,
     reward: Reward,
+    judge: Reward | None,
     tokenizer: Any,
     key: jax.Array,
     *,
@@ -36,10 +44,16 @@ def evaluate_policy(
     Args:
       sample: `(ids, mask, key) -> rollouts`.
       reference: `rollouts -> ref_logp_t`.
+      prompts: those held out.
+      reward: what the policy is trained on.
+      judge: a second opinion.
+      tokenizer: of the policy.
+      key: the same key gives the same responses.
+      batch_size, buckets: as in training.
 
     Returns:
-      `{"reward", "kl", "response_length", "distinct_2"}` (KL in nats a response, length in tokens), and one record a
-      prompt with its response, reward and KL.
+      `{"reward", "kl", "response_length", "distinct_2"}` (KL in nats a response, length in tokens), "judge" where there
+      is one, and one record a prompt with its response and these numbers.
     """
     size = len(prompts.texts)
     responses: list[list[int]] = []
@@ -56,16 +70,24 @@ def evaluate_policy(
         responses += response_tokens(rollouts)[:wanted]
         kls += kl[:wanted].tolist()
     texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-    scores = reward(list(prompts.texts), texts, prompts.columns).total
+    opinions = {"reward": reward} if judge is None else {"reward": reward, "judge": judge}
+    scores = {
+        name: opinion(list(prompts.texts), texts, prompts.columns, responses).overall
+        for name, opinion in opinions.items()
+    }
     metrics = {
-        "reward": float(np.mean(scores)),
+        "reward": float(np.mean(scores["reward"])),
         "kl": float(np.mean(kls)),
         "response_length": float(np.mean([len(r) for r in responses])),
         "distinct_2": distinct_n(responses, 2),
     }
+    if judge is not None:
+        metrics["judge"] = float(np.mean(scores["judge"]))
     records = [
-        {"prompt": prompt, "response": text, "reward": float(score), "kl": kl}
-        for prompt, text, score, kl in zip(prompts.texts, texts, scores, kls, strict=True)
+        {"prompt": prompt, "response": text}
+        | {name: float(values[i]) for name, values in scores.items()}
+        | {"kl": kls[i]}
+        for i, (prompt, text) in enumerate(zip(prompts.texts, texts, strict=True))
     ]
     return metrics, records
 

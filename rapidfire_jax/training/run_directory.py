@@ -79,7 +79,7 @@ class RunDirectory:
             raise InputError(f"{path}: not a run directory (it holds no config.yaml)")
         return run
 
-    def load_config(self) -> RunConfig:
+    def load_config(self) -> Any:
         """The resolved configuration the run was started with."""
         return load_config(self.config)
 

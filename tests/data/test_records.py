@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rapidfire_jax.data.records import clean, locate, read_records
+from rapidfire_jax.data.records import clean, iterate, locate, read_records
 from rapidfire_jax.errors import InputError
 
 ROWS = [("a, b", "1"), ('quoted "words"\nand a line', "0"), ("ünï", "1")]
@@ -48,6 +48,14 @@ def test_json_values_become_text(tmp_path: Path) -> None:
     }
 
 
+def test_records_hold_what_json_says(tmp_path: Path) -> None:
+    records = [{"a": [{"role": "user", "content": "é 🙂"}], "b": True}, {"a": None, "c": 1.5}]
+    lines = write(tmp_path, "a.jsonl", "\n".join(map(json.dumps, records)))
+    array = write(tmp_path, "a.json", "\ufeff \n" + json.dumps(records, indent=1))
+    same = write(tmp_path, "b.json", lines.read_bytes())
+    assert dict(iterate(lines)) == dict(iterate(array)) == dict(iterate(same)) == {1: records[0], 2: records[1]}
+
+
 def test_fields_may_be_long(tmp_path: Path) -> None:
     text = "x" * 300_000
     assert read_records(write(tmp_path, "a.csv", f"text\n{text}\n"), {}) == {2: {"text": text}}
@@ -56,7 +64,7 @@ def test_fields_may_be_long(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.parquet", "x", r"cannot read \.parquet; give \.csv, \.jsonl, \.txt"),
+        ("a.parquet", "x", r"cannot read \.parquet; give \.csv, \.jsonl, \.json, \.txt"),
         ("a", "x", r"a file without an ending; give \.csv"),
         ("a.csv", "", "holds no records"),
         ("a.csv", "text\n", "holds no records"),
@@ -67,6 +75,11 @@ def test_fields_may_be_long(tmp_path: Path) -> None:
         ("a.csv", b"text\n\xff\n", "not UTF-8"),
         ("a.jsonl", '{"text": "a"}\n{"text": \n', "line 2 is not JSON"),
         ("a.jsonl", '{"text": "a"}\n[1]\n', "line 2 is a JSON list; give one object a line"),
+        ("a.json", "", "holds no records"),
+        ("a.json", "[]", "holds no records"),
+        ("a.json", '[{"text": "a"},', "not JSON"),
+        ("a.json", '[{"text": "a"}, 1]', "row 2 is a JSON int; give an array of objects"),
+        ("a.json", '{"text": "a"}\n2', "line 2 is a JSON int"),
         ("a.csv", "body,label\na,1\n", r"no column 'text'; it has 'body', 'label'"),
         ("a.csv", "text,source\na,imdb\n", r"no column 'label'; it has 'text', 'source'"),
         ("a.csv", "text,label\na,0\n", r"none of 1 records has \{'label': '1'\}"),

@@ -27,6 +27,12 @@ def everything(prompts, responses, **columns):
 def constant(p, r, value=None):
     return value
 
+def tokens(prompts, responses, response_tokens, *, scale=1.0):
+    return [[scale * t for t in ids] for ids in response_tokens]
+
+def optional(prompts, responses, response_tokens=None):
+    return [len(ids) if type(ids) is list else 0 for ids in response_tokens or "abc"]
+
 def broken(prompts, responses):
     raise KeyError("lost")
 
@@ -50,13 +56,13 @@ def working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delitem(sys.modules, name, raising=False)
 
 
-def score(*configs: dict[str, Any], **columns: Any) -> Scores:
+def score(*configs: dict[str, Any], tokens: Any = None, **columns: Any) -> Scores:
     reward = load_reward(tuple(RewardConfig(**{"function": "my_rewards:length"} | config) for config in configs))
-    return reward(["p", "q", "r"], ["", "ab", "c"], columns)
+    return reward(["p", "q", "r"], ["", "ab", "c"], columns, tokens)
 
 
-def constant(value: Any) -> Scores:
-    return score({"function": "my_rewards:constant", "args": {"value": value}})
+def constant(value: Any, tokens: Any = None) -> Scores:
+    return score({"function": "my_rewards:constant", "args": {"value": value}}, tokens=tokens)
 
 
 def test_weighted_sum() -> None:
@@ -100,8 +106,9 @@ def test_jax_arrays() -> None:
         (None, "returned None; one number for each of 3 responses"),
         (0.5, "returned 0.5; one number for each of 3 responses"),
         ([1.0, 2.0], r"returned shape \(2,\); one number for each of 3 responses"),
-        ([[1.0], [2.0], [3.0]], r"returned shape \(3, 1\)"),
-        ([[1.0], [2.0, 3.0], 1], "returned list, not numbers"),
+        ([[1.0], [2.0], [3.0]], "returned a list a response, but no response tokens are known here"),
+        (np.ones((3, 2)), "returned a list a response, but no response tokens are known here"),
+        ([[1.0], [2.0, 3.0], 1], "row 2 is 1, row 0 a list; return a number for every response, or"),
         ([1.0, "2", 3.0], "row 1: '2' is not a number"),
         ([1.0, 2.0, None], "row 2: None is not a number"),
         ([1j, 1.0, 1.0], "row 0: 1j is not a number"),
@@ -141,3 +148,70 @@ def test_found_when_called() -> None:
     with pytest.raises(InputError, match="reward my_rewards:broken raised KeyError: 'lost'") as caught:
         score({"function": "my_rewards:broken"})
     assert isinstance(caught.value.__cause__, KeyError)
+
+
+TOKENS = ([], [5, 6], (7,))
+
+
+def test_rewards_of_tokens() -> None:
+    scores = score(
+        {"weight": 0.5},
+        {"function": "my_rewards:tokens", "weight": 2.0},
+        {"function": "my_rewards:tokens", "args": {"scale": 10.0}, "weight": -1.0, "name": "tenfold"},
+        tokens=TOKENS,
+    )
+    np.testing.assert_array_equal(scores.total, [0.0, 1.0, 0.5])
+    assert list(scores.components) == ["length", "tokens", "tenfold"]
+    np.testing.assert_array_equal(scores.components["tokens"], [0, 11, 7])
+    np.testing.assert_array_equal(scores.components["tenfold"], [0, 110, 70])
+    assert scores.token_rewards is not None
+    for row, expected in zip(scores.token_rewards, ([], [-40.0, -48.0], [-56.0]), strict=True):
+        np.testing.assert_array_equal(row, np.array(expected, np.float32), strict=True)
+    np.testing.assert_array_equal(scores.overall, np.array([0, 1 - 88, 0.5 - 56], np.float32), strict=True)
+
+
+def test_without_rewards_of_tokens() -> None:
+    scores = score({})
+    assert scores.token_rewards is None
+    np.testing.assert_array_equal(scores.overall, scores.total)
+    only = score({"function": "my_rewards:tokens"}, tokens=TOKENS)
+    np.testing.assert_array_equal(only.total, np.zeros(3, np.float32), strict=True)
+    np.testing.assert_array_equal(only.overall, [0, 11, 7])
+
+
+def test_an_array_of_equal_rows() -> None:
+    scores = constant(np.arange(6.0).reshape(3, 2), tokens=[[1, 2]] * 3)
+    assert scores.token_rewards is not None
+    np.testing.assert_array_equal(np.stack(scores.token_rewards), np.arange(6.0).reshape(3, 2))
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ([[], [1.0], [2.0]], r"row 1 returned shape \(1,\); one number for each of 2 response tokens is wanted"),
+        ([[], [1.0, None], [2.0]], "row 1: token 1: None is not a number"),
+        ([[], [1.0, 2.0], [float("nan")]], "row 2: token 0: nan is not a finite float32"),
+        ([[], [1.0, [2.0]], [1.0]], "row 1 returned list, not numbers"),
+        ([[], [1.0, 2.0]], "returned 2 lists; one for each of 3 responses is wanted"),
+        ([0.0, [1.0, 2.0], [2.0]], r"row 0 is 0\.0, row 1 a list"),
+    ],
+)
+def test_bad_values_of_tokens(value: Any, said: str) -> None:
+    with pytest.raises(InputError, match=f"reward my_rewards:constant:? {said}"):
+        constant(value, tokens=TOKENS)
+
+
+def test_the_parameter_for_tokens() -> None:
+    np.testing.assert_array_equal(score({"function": "my_rewards:optional"}, tokens=TOKENS).total, [0, 2, 1])
+    np.testing.assert_array_equal(score({"function": "my_rewards:optional"}).total, [0, 0, 0])
+    with pytest.raises(InputError, match="my_rewards:tokens: takes response_tokens, and no response tokens are known"):
+        score({"function": "my_rewards:tokens"}, response_tokens=("a", "b", "c"))
+    score({"function": "my_rewards:everything"}, tokens=TOKENS)
+    assert sys.modules["my_rewards"].seen == [{}]
+
+
+def test_names_of_components() -> None:
+    named = {"name": "length"}
+    assert list(score({}, named, {}, {"name": "other"}).components) == ["length_2", "length", "length_3", "other"]
+    with pytest.raises(InputError, match="2 components have the name 'length'"):
+        score(named, {}, named)

@@ -14,7 +14,8 @@ from rapidfire_jax.cli import app
 from rapidfire_jax.config import load_config
 from rapidfire_jax.models.auto import FlaxAutoModelForCausalLM
 from rapidfire_jax.training.interrupt import Interrupted, InterruptGuard
-from rapidfire_jax.training.ppo import PPOJob, learning_rate, train
+from rapidfire_jax.training.job import learning_rate, train
+from rapidfire_jax.training.online import OnlineJob
 from rapidfire_jax.training.run_directory import RunDirectory
 from tests.helpers.compilations import compilations
 
@@ -57,7 +58,7 @@ def test_a_run_leaves_everything_behind(job):
 def test_exported_policy_is_the_trained_policy(job):
     config, run = start(job(training={"iterations": 1}))
     train(config, run)
-    ours = PPOJob(config)
+    ours = OnlineJob(config)
     ours.iterate(0)
     model = ours.policy.merge(ours.state.frozen, ours.state.trainable)
     tokens = np.arange(20, dtype=np.int32).reshape(2, 10)
@@ -66,7 +67,7 @@ def test_exported_policy_is_the_trained_policy(job):
 
 
 def test_second_iteration_compiles_nothing(job):
-    ours = PPOJob(load_config(job()))
+    ours = OnlineJob(load_config(job()))
     ours.iterate(0)
     with compilations() as found:
         ours.iterate(1)
@@ -75,7 +76,7 @@ def test_second_iteration_compiles_nothing(job):
 
 @pytest.mark.parametrize("adapter", [{"type": "lora", "layers": None}, {"type": "none"}])
 def test_only_the_trainable_tree_changes(job, adapter):
-    ours = PPOJob(load_config(job(adapter=adapter, rollout={"log_probs": "reuse"})))
+    ours = OnlineJob(load_config(job(adapter=adapter, rollout={"log_probs": "reuse"})))
     before = jax.tree.map(np.array, (ours.state.frozen, ours.state.trainable))
     metrics = ours.iterate(0)
     frozen, trainable = before
@@ -89,7 +90,7 @@ def test_only_the_trainable_tree_changes(job, adapter):
 def test_interrupted_and_resumed_equals_uninterrupted(job, tmp_path, monkeypatch):
     config, run = start(job())
     train(config, run)
-    iterate = PPOJob.iterate
+    iterate = OnlineJob.iterate
     # Stopped in the first iteration, and in one whose checkpoint is not the newest.
     for stop_after in (1, 3):
         config, broken_run = start(job(run_dir=str(tmp_path / f"interrupted-{stop_after}")))
@@ -99,11 +100,11 @@ def test_interrupted_and_resumed_equals_uninterrupted(job, tmp_path, monkeypatch
                 os.kill(os.getpid(), signal.SIGTERM)
             return iterate(self, iteration)
 
-        monkeypatch.setattr(PPOJob, "iterate", killed)
+        monkeypatch.setattr(OnlineJob, "iterate", killed)
         with pytest.raises(Interrupted, match="--resume") as stop:
             train(config, broken_run)
         assert stop.value.exit_code == 143
-        monkeypatch.setattr(PPOJob, "iterate", iterate)
+        monkeypatch.setattr(OnlineJob, "iterate", iterate)
         with broken_run.metrics.open("a") as file:  # as if killed between a record and its checkpoint
             file.write('{"iteration": 99}\n{"iteration": 0, "pha')
         train(broken_run.load_config(), broken_run)
@@ -123,7 +124,7 @@ def test_a_reward_that_breaks_during_training_saves_first(job):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(job):
-    ours = PPOJob(load_config(job()))
+    ours = OnlineJob(load_config(job()))
     ours.state = dataclasses.replace(ours.state, trainable=jax.tree.map(lambda x: x * np.nan, ours.state.trainable))
     with pytest.raises(FloatingPointError, match="iteration 1"):
         ours.iterate(0)

@@ -18,7 +18,8 @@ from rapidfire_jax.models.heads import RewardModel
 from rapidfire_jax.models.lora import add_lora, merge_lora
 from rapidfire_jax.models.peft import save_adapter
 from rapidfire_jax.models.tokenizer import load_tokenizer, stop_ids
-from rapidfire_jax.training.ppo import PPOJob, train
+from rapidfire_jax.training.job import train
+from rapidfire_jax.training.online import OnlineJob
 from rapidfire_jax.training.run_directory import RunDirectory
 from tests.helpers.tiny import tiny_model
 
@@ -47,7 +48,7 @@ def parts(assets, tmp_path_factory):
 
 def test_separate_critic(job, parts):
     config = load_config(job(critic={"name": str(parts.reward)}))
-    ours = PPOJob(config)
+    ours = OnlineJob(config)
     start = FlaxAutoModelForSequenceClassification.from_pretrained(str(parts.reward))
     critic = ours.policy.merge_critic(ours.state.frozen, ours.state.trainable)
     np.testing.assert_allclose(critic(TOKENS), start(TOKENS), rtol=1e-5, atol=1e-6)
@@ -64,7 +65,7 @@ def test_separate_critic(job, parts):
 
 
 def test_policy_with_an_adapter_merged(job, parts):
-    ours = PPOJob(load_config(job(model={"adapter": str(parts.adapter)})))
+    ours = OnlineJob(load_config(job(model={"adapter": str(parts.adapter)})))
     model = ours.policy.merge(ours.state.frozen, ours.state.trainable)
     np.testing.assert_allclose(model(TOKENS), parts.adapted(TOKENS), rtol=1e-5, atol=1e-5)
 
@@ -77,7 +78,7 @@ def test_export_of_a_run(job, tmp_path):
     result = run("export", directory.path, tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert "iteration 2" in result.output
-    ours = PPOJob(config)
+    ours = OnlineJob(config)
     for i in range(2):
         ours.iterate(i)
     expected = ours.policy.merge(ours.state.frozen, ours.state.trainable)(TOKENS)
@@ -111,11 +112,11 @@ def test_vocabulary(job, assets, parts, tmp_path):
     tokenizer = load_tokenizer(str(assets / "model"))
     padded = tiny_model(vocab_size=len(tokenizer) + 5)
     save_pretrained(padded, tmp_path / "padded", tokenizer)
-    PPOJob(load_config(job(model={"name": str(tmp_path / "padded")})))
+    OnlineJob(load_config(job(model={"name": str(tmp_path / "padded")})))
     save_pretrained(tiny_model(vocab_size=len(tokenizer) - 1), tmp_path / "small", tokenizer)
     message = f"the tokenizer has {len(tokenizer)} tokens, the model {len(tokenizer) - 1} embeddings"
     with pytest.raises(InputError, match=message):
-        PPOJob(load_config(job(model={"name": str(tmp_path / "small")})))
+        OnlineJob(load_config(job(model={"name": str(tmp_path / "small")})))
     result = run("generate", tmp_path / "small", "--prompt", "he")
     assert (result.exit_code, message in result.output) == (2, True)
 

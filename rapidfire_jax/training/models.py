@@ -1,0 +1,131 @@
+"""From a configuration to a model ready to be trained, and from a trained one to a folder."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rapidfire_jax.algorithms import tasks
+from rapidfire_jax.algorithms.optimizer import make_optimizer, separate_optimizers
+from rapidfire_jax.algorithms.train_state import TrainState, init_state
+from rapidfire_jax.config import OnlineRunConfig, OptimizerConfig, RunConfig
+from rapidfire_jax.models.auto import FlaxAutoModelForSequenceClassification, load_language_model, load_model
+from rapidfire_jax.models.export import save_pretrained
+from rapidfire_jax.models.heads import CausalLM, RewardModel
+from rapidfire_jax.models.peft import save_adapter
+from rapidfire_jax.models.policy import Policy, make_policy
+from rapidfire_jax.models.scorer import Scorer, make_scorer
+from rapidfire_jax.models.tokenizer import check_vocabulary, load_tokenizer, stop_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainee:
+    """What a run trains: its static half, tokenizer, optimiser, and the state before the first iteration."""
+
+    config: RunConfig
+    model: Policy | Scorer
+    tokenizer: "PreTrainedTokenizerFast"
+    optimizer: optax.GradientTransformation
+    state: TrainState
+    context: int  # longest sequence the model takes, in tokens
+
+    def export(self, state: TrainState, folder: Path) -> None:
+        """Writes the model as a Hugging Face folder (adapters merged), its adapter and a separate critic below it."""
+        config, name = self.config, self.config.model.name
+        model = self.model.merge(state.frozen, state.trainable)
+        eos_ids = stop_ids(name, self.tokenizer) if isinstance(model, CausalLM) else ()
+        save_pretrained(model, folder, self.tokenizer, eos_ids=eos_ids)
+        if config.adapter.type == "lora" and config.model.adapter is None:
+            save_adapter(model, folder / "adapter", base_model_name=name, rslora=config.adapter.rslora)
+        if isinstance(self.model, Policy):
+            critic = self.model.merge_critic(state.frozen, state.trainable)
+            if critic is not None:
+                save_pretrained(critic, folder / "critic", self.tokenizer)
+
+
+def run_keys(seed: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Random keys of a run: for what is added to the model, for training, for evaluation."""
+    model, training, evaluation = jax.random.split(jax.random.key(seed), 3)
+    return model, training, evaluation
+
+
+def load_trainee(config: RunConfig) -> Trainee:
+    """Loads and prepares what `config` trains.
+
+    Raises:
+      InputError: a model or tokenizer that cannot be loaded, or that do not belong together.
+    """
+    algorithm = tasks()[config.task]
+    weights = config.model.model_dump()
+    tokenizer = load_tokenizer(config.model.name)
+    lora = config.adapter.model_dump(exclude={"type"}) if config.adapter.type == "lora" else None
+    remat = config.memory.remat == "full"
+    model_key = run_keys(config.seed)[0]
+    model: CausalLM | RewardModel
+    half: Policy | Scorer
+    if not algorithm.online and algorithm.model == "reward_model":
+        model = load_model(**weights)
+        if isinstance(model, CausalLM):
+            model = RewardModel.from_causal(model, jax.random.fold_in(model_key, 1))
+        check_vocabulary(config.model.name, model.config.vocab_size, tokenizer)
+        context = model.config.max_positions
+        half, frozen, trainable = make_scorer(model, model_key, lora=lora, remat=remat)
+        optimizer = _optimizer(config.optimizer)
+        return Trainee(config, half, tokenizer, optimizer, init_state(frozen, trainable, optimizer), context)
+
+    model = load_language_model(**weights)
+    check_vocabulary(config.model.name, model.config.vocab_size, tokenizer)
+    context = model.config.max_positions
+    critic, has_critic, critic_optimizer = None, False, None
+    if isinstance(config, OnlineRunConfig) and algorithm.has_critic:
+        has_critic, critic_optimizer = True, config.critic.optimizer
+        if config.critic.name is not None:
+            critic_weights = config.critic.model_dump(exclude={"optimizer"})
+            critic = FlaxAutoModelForSequenceClassification.from_pretrained(**critic_weights)
+            check_vocabulary(config.critic.name, critic.config.vocab_size, tokenizer)
+    half, frozen, trainable = make_policy(
+        model, model_key, lora=lora, critic=critic, value_head=has_critic, remat=remat
+    )
+    is_critic = half.is_critic if has_critic else None
+    optimizer = _optimizer(config.optimizer, is_critic)
+    if critic_optimizer is not None:
+        optimizer = separate_optimizers(optimizer, _optimizer(critic_optimizer, is_critic), half.is_critic)
+    return Trainee(config, half, tokenizer, optimizer, init_state(frozen, trainable, optimizer), context)
+
+
+def _optimizer(config: OptimizerConfig, is_critic: Callable[[Any], Any] | None = None) -> optax.GradientTransformation:
+    return make_optimizer(
+        config.name,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        is_critic=is_critic,
+    )
+
+
+def numbers_of(config: RunConfig, **others: float | None) -> Any:
+    """The algorithm's hyperparameters from its section and from others, as float32 arrays.
+
+    None of them is a constant of a compiled program then.
+    """
+    numbers = _settings(config, tasks()[config.task].hparams, others)
+    return jax.tree.map(lambda number: jnp.asarray(number, jnp.float32), numbers)
+
+
+def static_of(config: RunConfig, **others: Any) -> Any:
+    """The algorithm's static settings, from its section and from others."""
+    return _settings(config, tasks()[config.task].config, others)
+
+
+def _settings(config: RunConfig, cls: type, others: dict[str, Any]) -> Any:
+    named = {field.name for field in dataclasses.fields(cls)}
+    of_section = {name: value for name, value in dict(config.settings).items() if name in named}
+    return cls(**of_section | {name: value for name, value in others.items() if name in named})
