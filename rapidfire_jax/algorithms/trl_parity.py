@@ -14,9 +14,12 @@ Every trap of that code which changes a number is reproduced, and none of them i
 - Gradients are not clipped, whatever its `max_grad_norm` says (a run with `compat: trl` must not set ours).
 - Nothing bounds a ratio, no score is clipped or normalised, and the KL penalty stands in the reward.
 
-Not reproduced: with `num_mini_batches` m > 1 and gradient accumulation a > 1, TRL takes one step for every a
-micro-batches across minibatch borders and averages its statistics over m a entries of which some are zero. Its numbers
-are those of `minibatches` 1 with `micro_batches` a, its statistics these times the share of entries that are filled.
+Two more depend on how TRL's data loader and accelerate count, not on arrays, and are not reproduced:
+
+- With `num_mini_batches` m > 1 and gradient accumulation a > 1, TRL takes one step for every a micro-batches across
+  minibatch borders and averages its statistics over m a entries of which some are zero. Its numbers are those of
+  `minibatches` 1 with `micro_batches` a, its statistics these times the share of entries that are filled.
+- On the last rollout batch of a pass over the data, it takes a step after every micro-batch, each of a loss over a.
 """
 
 import functools

@@ -320,5 +320,7 @@ def _explain(cls: type[RunConfig], error: Any) -> str:
     if error["type"] == "missing":
         return f"key {key!r} is required"
     message = error["msg"].removeprefix("Value error, ")
+    if not location and error["type"] == "value_error":
+        return message
     found = "" if error["type"] == "value_error" else f"; found {error['input']!r}"
     return f"{key}: {message}{found}"

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 SMALLEST_BUCKET = 8
 CHUNK = 256  # records of a stream that are tokenised together
+PLAIN = "prompt_plain"  # column of what was asked, before the chat template: a text or messages
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ def load_prompts(
     chat template, a conversation without its last answer, or what a chosen and a rejected conversation have in common.
 
     Args:
-      config: where the prompts are, and what becomes of texts.
+      config: where the prompts are, and what becomes of texts. Prompts that went through the chat template have a
+        column "prompt_plain" with what was asked.
       tokenizer: a Hugging Face tokenizer.
       seed: chooses the evaluation prompts among those held out, and orders the batches. Those of a stream come first.
       held_out: number of evaluation prompts.
@@ -227,7 +229,9 @@ class _Maker:
         for each in (texts, chats, tokens):
             for row in empty & each.keys():
                 del each[row]
+        plain: dict[int, Side] = dict(chats)
         if config.chat_template:
+            plain |= texts
             chats |= {row: [{"role": "user", "content": text}] for row, text in texts.items()}
             texts, tokens = {}, {}
         rendered = {row: encoder.render(chat, self._at(row), answer=True) for row, chat in chats.items()}
@@ -235,7 +239,11 @@ class _Maker:
         tokens |= self._encode(rendered, special=False)
         decoded = self._decode(tokens)
         return {
-            row: _Prompt(decoded[row], encoder.row(tokens[row]), record)
+            row: _Prompt(
+                decoded[row],
+                encoder.row(tokens[row]),
+                record | ({PLAIN: plain[row]} if row in plain else {}),
+            )
             for row, (_, record) in asked.items()
             if row in tokens
         }

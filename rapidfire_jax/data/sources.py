@@ -1,10 +1,6 @@
 """Where records come from: files, folders, the Hugging Face hub, or a function."""
 
-import difflib
-import importlib
 import inspect
-import os
-import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rapidfire_jax.config.data import DEFAULT_SPLIT, DataConfig
+from rapidfire_jax.config.functions import find_function
 from rapidfire_jax.data.records import READERS, Record, Rows, check_columns, iterate, locate, matches
 from rapidfire_jax.errors import InputError
 from rapidfire_jax.models.sources import HUB_ID
@@ -158,7 +155,7 @@ def _explained(name: str) -> Iterator[None]:
 
 def _from_function(config: DataConfig) -> Source:
     name = f"data.function {config.function}"
-    function = _find(name, config.function or "")
+    function = find_function(config.function or "", name)
     try:
         signature = inspect.signature(function)
         signature.bind(**config.args)
@@ -180,23 +177,3 @@ def _from_function(config: DataConfig) -> Source:
             raise InputError(f"{name} raised {type(error).__name__}: {error}") from error
 
     return Source(name, config.where, read)
-
-
-def _find(name: str, place: str) -> Callable[..., Any]:
-    """The function at `package.module:function`; modules in the working directory are found as well."""
-    module_name, _, function_name = place.partition(":")
-    if not {"", os.getcwd()} & set(sys.path):
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise InputError(
-            f"{name}: cannot import {module_name!r} (working directory {os.getcwd()}): {type(error).__name__}: {error}"
-        ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        known = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
-        nearest = difflib.get_close_matches(function_name, known, n=1, cutoff=0.4)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else f"it has {', '.join(map(repr, known)) or 'none'}"
-        raise InputError(f"{name}: no function {function_name!r}; {hint}")
-    return function

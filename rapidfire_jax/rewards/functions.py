@@ -1,15 +1,12 @@
 """Rewards that are Python functions, named `package.module:function`."""
 
-import difflib
-import importlib
 import inspect
-import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rapidfire_jax.config import RewardConfig
+from rapidfire_jax.config.functions import find_function, nearest
 from rapidfire_jax.errors import InputError
 from rapidfire_jax.rewards.values import Values, check_values
 
@@ -30,7 +27,7 @@ class RewardFunction:
         """Finds the function and checks its arguments; see `rapidfire_jax.rewards.base.load_reward`."""
         name = config.function
         assert name is not None
-        call = _find(name)
+        call = find_function(name, f"reward {name}")
         try:
             signature = inspect.signature(call)
             signature.bind_partial([], [])
@@ -40,7 +37,7 @@ class RewardFunction:
         for argument in config.args:
             if not function._takes(argument):
                 known = function._keywords()
-                raise InputError(f"reward {name}: no argument {argument!r}; {_hint(argument, known, 'it takes')}")
+                raise InputError(f"reward {name}: no argument {argument!r}; {nearest(argument, known, 'it takes')}")
         return function
 
     def __call__(
@@ -88,26 +85,3 @@ class RewardFunction:
         parameters = self.signature.parameters
         takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         return name in self._keywords() or (takes_all and name not in parameters)
-
-
-def _find(name: str) -> Callable[..., Any]:
-    module_name, _, function_name = name.partition(":")
-    if not {"", os.getcwd()} & set(sys.path):
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise InputError(
-            f"reward {name}: cannot import {module_name!r} (working directory {os.getcwd()}): "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function) or isinstance(function, type):
-        known = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
-        raise InputError(f"reward {name}: no function {function_name!r}; {_hint(function_name, known, 'it has')}")
-    return function
-
-
-def _hint(name: str, known: list[str], otherwise: str) -> str:
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    return f"did you mean {nearest[0]!r}?" if nearest else f"{otherwise} {', '.join(map(repr, known)) or 'none'}"
