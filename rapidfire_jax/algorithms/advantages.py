@@ -109,7 +109,7 @@ def informative_groups(score: Float[Array, "B"], group_size: int) -> Bool[Array,
       Yu et al., DAPO, 2025, sec. 3.2 (dynamic sampling).
     """
     groups = _groups(score, group_size)
-    return jnp.repeat(groups.max(axis=1) > groups.min(axis=1), group_size)
+    return (groups.max(axis=1) > groups.min(axis=1)).repeat(group_size)
 
 
 def _groups(score: Float[Array, "B"], group_size: int) -> Float[Array, "P G"]:

@@ -72,6 +72,8 @@ def objection(run: Any) -> str | None:
         return f"rl.compat=trl: TRL has no kl_estimator={rl.kl_estimator}; accepted: k1, k3"
     if rl.value_clip_range is None:
         return "rl.compat=trl: TRL always clips values; give rl.value_clip_range"
+    if run.rollout.batch_size % rl.whiten_groups:
+        return f"rollout.batch_size={run.rollout.batch_size} is not a multiple of rl.whiten_groups={rl.whiten_groups}"
     if run.optimizer.max_grad_norm is not None:
         return "rl.compat=trl: TRL never clips gradients; set optimizer.max_grad_norm=null"
     return None

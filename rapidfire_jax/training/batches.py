@@ -63,6 +63,8 @@ def load_batches(
     format = detect(data, source.name, source.first()[1], [FORMATS[name] for name in algorithm.examples]).format
     if format == "labelled":
         texts, held_out_texts = load_labelled(data, tokenizer, **chosen)
+        if isinstance(texts, Examples):  # those of a stream are looked at as they come
+            _check_labels(texts, source.name)
         make = lambda examples: labelled_batch(examples, rows, buckets, source.name)  # noqa: E731
         return _cut(texts, held_out_texts, rows, make)
     pairs, held_out_pairs = load_preferences(data, tokenizer, **chosen)
@@ -106,15 +108,19 @@ def labelled_batch(examples: Sequence[Labelled], rows: int, buckets: Sequence[in
     Raises:
       InputError: a label that is no probability.
     """
-    for example in examples:
-        if not 0.0 <= example.label <= 1.0:
-            accepted = "1 for the class, 0 for the other, or a probability between"
-            raise InputError(f"{source}: a text has the label {example.label}; give {accepted}")
+    _check_labels(examples, source)
     fill = rows - len(examples)
     ids, mask = right_padded([example.tokens for example in examples] + [()] * fill, buckets)
     label = np.array([example.label for example in examples] + [0.0] * fill, np.float32)
     arrays: Any = ids, mask, label
     return LabelledBatch(*jax.tree.map(jnp.asarray, arrays))
+
+
+def _check_labels(examples: Sequence[Labelled], source: str) -> None:
+    for example in examples:
+        if not 0.0 <= example.label <= 1.0:
+            accepted = "1 for the class, 0 for the other, or a probability between"
+            raise InputError(f"{source}: a text has the label {example.label}; give {accepted}")
 
 
 def _packed(

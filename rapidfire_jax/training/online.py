@@ -177,6 +177,7 @@ class OnlineJob:
         self.state, metrics = self.programs.learn(self.state, batch.rollouts, hparams, learn_key)
         numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
         batch.seconds["learn"] = time.perf_counter() - began
+        self.taken += batch.rounds  # not before: an iteration that fails is done again from its first prompt
 
         check_finite(numbers, iteration)
         if len(batch.scores.components) > 1:
@@ -195,22 +196,23 @@ class OnlineJob:
 
     def _sample_until_informative(self, key: jax.Array, temperature: jax.Array) -> _Batch:
         """The rollouts to learn from; with dynamic sampling, prompts whose responses differ in reward come first."""
-        batch = self._sample(key, temperature)
+        batch = self._sample(self.taken, key, temperature)
         if not self.dynamic:
             return batch
         rows = self.config.rollout.batch_size
         while True:
-            informative = np.asarray(informative_groups(jnp.asarray(batch.scores.overall), self.group_size))
+            scores: Any = batch.scores.overall  # NumPy, which compiles nothing for a new size
+            informative = informative_groups(scores, self.group_size)
             if informative.sum() >= rows or batch.rounds == self.static.max_sampling_rounds:
                 break
-            batch = _joined(batch, self._sample(jax.random.fold_in(key, batch.rounds), temperature))
+            more = self._sample(self.taken + batch.rounds, jax.random.fold_in(key, batch.rounds), temperature)
+            batch = _joined(batch, more)
         return _selected(batch, np.argsort(~informative, kind="stable")[:rows])
 
-    def _sample(self, key: jax.Array, temperature: jax.Array) -> _Batch:
-        """Rollouts of the next batch of prompts, and their scores."""
-        prompts = self.prompts.batch(self.taken, self.config.rollout.batch_size // self.group_size)
+    def _sample(self, number: int, key: jax.Array, temperature: jax.Array) -> _Batch:
+        """Rollouts of one batch of prompts, and their scores."""
+        prompts = self.prompts.batch(number, self.config.rollout.batch_size // self.group_size)
         prompts = prompts.select([i for i in range(len(prompts)) for _ in range(self.group_size)])
-        self.taken += 1
         ids, mask = pad_batch(prompts.tokens, self.buckets, pad_id=0)
         clock = [time.perf_counter()]
         rollouts = self.programs.rollout(self.state.frozen, self.state.trainable, ids, mask, key, temperature)
@@ -270,7 +272,7 @@ def _joined(one: _Batch, two: _Batch) -> _Batch:
         {name: np.concatenate([values, two.scores.components[name]]) for name, values in one.scores.components.items()},
         parts(one.scores.token_rewards, two.scores.token_rewards),
     )
-    rollouts = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), one.rollouts, two.rollouts)
+    rollouts = jax.tree.map(lambda a, b: np.concatenate([a, b]), one.rollouts, two.rollouts)
     seconds = {name: value + two.seconds[name] for name, value in one.seconds.items()}
     return _Batch(rollouts, scores, one.tokens + two.tokens, one.rounds + two.rounds, seconds)
 
@@ -281,4 +283,5 @@ def _selected(batch: _Batch, rows: np.ndarray) -> _Batch:
         {name: values[rows] for name, values in batch.scores.components.items()},
         None if batch.scores.token_rewards is None else [batch.scores.token_rewards[i] for i in rows],
     )
-    return dataclasses.replace(batch, rollouts=jax.tree.map(lambda x: x[rows], batch.rollouts), scores=scores)
+    rollouts = jax.tree.map(lambda x: np.asarray(x)[rows], batch.rollouts)
+    return dataclasses.replace(batch, rollouts=rollouts, scores=scores)

@@ -6,7 +6,8 @@ from typing import Any
 type Plots = dict[str, tuple[str, str, list[str]]]  # file name -> title, unit, metrics
 
 ONLINE_PLOTS: Plots = {
-    "reward": ("Mean reward", "reward", ["reward", "eval/reward", "eval/judge"]),
+    "reward": ("Mean reward", "reward", ["reward", "eval/reward"]),
+    "judge": ("Judge, which nothing is trained on", "mean score", ["eval/judge"]),
     "kl": ("KL to the reference", "nats a response", ["kl", "eval/kl"]),
     "entropy": ("Policy entropy", "nats a token", ["policy/entropy"]),
     "explained_variance": ("Explained variance of the critic", "1 - Var[R - v] / Var[R]", ["value/explained_variance"]),
@@ -38,14 +39,13 @@ def plot_run(records: list[dict[str, Any]], folder: Path, plots: Plots) -> list[
         for key in keys:
             points = [(r["iteration"], r[key]) for r in records if key in r]
             held_out = key.startswith("eval/")
-            label = {"eval/judge": "held out, judge"}.get(key, "held out" if held_out else "training")
+            label = "held out" if held_out else "training"
             if points:
                 axes.plot(*zip(*points, strict=True), "o--" if held_out else "-", label=label)
         axes.set(title=title, xlabel="iteration", ylabel=unit)
         if name == "explained_variance":
             axes.set_ylim(-1, 1)
-        if len(keys) > 1:
-            axes.legend()
+        axes.legend()
         axes.grid(alpha=0.3)
         save(figure, name)
 
