@@ -178,15 +178,15 @@ class OnlineRunConfig(RunConfig):
             raise ValueError(f"critic: {self.task} has none")
         if self.rollout.log_probs == "reuse":
             needing = {
-                "critic.name": self.critic.name,
+                "a separate critic": self.critic.name,
                 "rl.importance_cap": settings.importance_cap,
                 "rl.bootstrap_truncated": getattr(settings, "bootstrap_truncated", False),
             }
-            for key, value in needing.items():
+            for what, value in needing.items():
                 if value:
                     raise ValueError(
-                        f"rollout.log_probs=reuse takes log-probabilities and values from the decode, which "
-                        f"{key}={value} cannot do with; use recompute"
+                        "rollout.log_probs=reuse takes log-probabilities and values from the decode, which has none "
+                        f"for {what}; use recompute"
                     )
         if (problem := algorithm.objection(self)) is not None:
             raise ValueError(problem)

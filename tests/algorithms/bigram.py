@@ -13,12 +13,21 @@ import jax.numpy as jnp
 import numpy as np
 
 import rapidfire_jax
-from rapidfire_jax import Rollouts, init_state, make_optimizer
+from rapidfire_jax import (
+    CompletionBatch,
+    LabelledBatch,
+    PreferenceBatch,
+    Rollouts,
+    init_state,
+    make_optimizer,
+)
 from rapidfire_jax.algorithms import tasks
+from rapidfire_jax.algorithms.reward_shaping import init_stats
 
 P, T, V = 3, 5, 7
 ONLINE = ("ppo", "grpo", "rloo", "reinforce_pp")
 TEMPERATURE = 0.8
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # programs that run once
 
 
 class Out(NamedTuple):
@@ -37,7 +46,7 @@ def apply(frozen, trainable, inputs, length, temperature):
     before = tokens[:, -length - 1 : -1]
     logps = jax.nn.log_softmax((frozen["logits"] + trainable["logits"])[before] / temperature)
     logp_t = jnp.take_along_axis(logps, tokens[:, -length:, None], -1)[..., 0]
-    last = jnp.argmax(jnp.where(mask != 0, jnp.arange(tokens.shape[1])[None], -1), axis=1)
+    last = jnp.argmax(jnp.where(mask.astype(bool), jnp.arange(tokens.shape[1])[None], -1), axis=1)
     values = trainable["values"][tokens]
     next_v = jnp.take_along_axis(values, last[:, None], 1)[:, 0]
     return Out(logp_t, -(jnp.exp(logps) * logps).sum(-1), values[:, -length - 1 : -1], next_v)
@@ -59,7 +68,8 @@ SCORER = SimpleNamespace(apply=score)
 
 
 def is_critic(trainable):
-    return {"logits": False, "values": True}
+    """Of whatever stands in the place of the parameters."""
+    return {key: jax.tree.map(lambda _, key=key: key == "values", part) for key, part in trainable.items()}
 
 
 def weights(seed=0):
@@ -145,12 +155,45 @@ def compiled(name, what, config, optimizer=None):
         options["encode"] = encode
     if what == "learn":
         options["reference"] = reference
-    return jax.jit(functools.partial(getattr(rapidfire_jax, f"{name}_{what}"), **options))
+    return jax.jit(functools.partial(getattr(rapidfire_jax, f"{name}_{what}"), **options), compiler_options=QUICKLY)
 
 
 def update(name, rollouts, hparams, config, state=None, seed=0, optimizer=None):
     state = state_of(optimizer) if state is None else state
     return compiled(name, "update", config, optimizer)(state, rollouts, arrays(hparams), jax.random.key(seed))
+
+
+def targets_of(name, rollouts, hparams, config):
+    """The batch of a step, metrics, statistics."""
+    return compiled_targets(name, config)(rollouts, arrays(hparams))
+
+
+@functools.cache
+def compiled_targets(name, config):
+    def targets(rollouts, hparams):
+        inputs = encode(None, rollouts.tokens, rollouts.attention_mask)
+        return tasks()[name].targets(rollouts, inputs, init_stats(), hparams, config)
+
+    return jax.jit(targets, compiler_options=QUICKLY)
+
+
+def offline_batch(name, kind="preferences"):
+    """Six rows with unequal numbers of tokens."""
+    rng = np.random.default_rng(18)
+    tokens = rng.integers(1, V, size=(6, 2, P + T)).astype(np.int32)
+    lengths = np.array([[5, 1], [2, 4], [3, 3], [1, 5], [4, 2], [5, 5]])
+    mask_t = np.arange(T) < lengths[..., None]
+    attention = np.concatenate([np.ones((6, 2, P), bool), mask_t], axis=-1)
+    if name == "sft":
+        segments = np.where(attention[:, 0], 1 + (np.arange(P + T) > 3), 0).astype(np.int32)
+        return CompletionBatch(tokens[:, 0], segments, rng.random((6, P + T)) < 0.7)
+    if kind == "labelled":
+        return LabelledBatch(tokens[:, 0], attention[:, 0], np.float32([0, 1, 1, 0, 0.3, 1]))
+    return PreferenceBatch(tokens, attention, mask_t, rng.random(6).astype(np.float32))
+
+
+OFFLINE = {"sft": {}, "dpo": {"label_smoothing": 0.1}, "reward_model": {"margin_coef": 0.5, "centre_coef": 0.1}}
+OFFLINE_CASES = [("sft", ""), ("dpo", ""), ("reward_model", "preferences"), ("reward_model", "labelled")]
 
 
 def same(a, b, **tolerance):

@@ -15,7 +15,7 @@ from rapidfire_jax.algorithms.reward_shaping import (
     shape_scores,
     token_rewards,
 )
-from tests.algorithms.bigram import ONLINE, T, arrays, config_of, hparams_of, plain, rollouts_of
+from tests.algorithms.bigram import ONLINE, QUICKLY, T, arrays, config_of, hparams_of, plain, rollouts_of, targets_of
 from tests.helpers import oracles
 from tests.helpers.tolerances import F32
 
@@ -32,12 +32,9 @@ def test_normalisation_over_batches(how, sizes):
     rng = np.random.default_rng(1)
     batches = [(20 * i + 3 * rng.normal(size=size)).astype(np.float32) for i, size in enumerate(sizes)]
     stats = init_stats()
-    for i, (batch, expected) in enumerate(zip(batches, oracles.normalize(batches, how), strict=True)):
+    for batch, expected in zip(batches, oracles.normalize(batches, how), strict=True):
         ours, stats = normalized(batch, stats, how)
-        if len(np.concatenate(batches[: i + 1] if how == "running" else batches[:1])) > 1:
-            np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
-        else:
-            assert np.isfinite(ours).all()
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
     seen = np.concatenate({"running": batches, "reference": batches[:1], "none": [np.zeros(0)]}[how])
     assert stats.score_count == len(seen)
     if len(seen):
@@ -55,7 +52,10 @@ def test_normalisation_far_from_zero():
         np.testing.assert_allclose(ours, expected, atol=5e-3)  # a score of 1e4 has an error of 1e-3 of its own
 
 
-@pytest.mark.parametrize("buffer", [0.0, 1.0, 3.0, 8.0])
+WITHOUT_BUFFER = pytest.param(0.0, marks=pytest.mark.xfail(strict=True, reason="has no effect without a buffer"))
+
+
+@pytest.mark.parametrize("buffer", [WITHOUT_BUFFER, 1.0, 3.0, 8.0])
 def test_overlong_penalty(buffer):
     limit = 8
     lengths = np.arange(limit + 1)
@@ -86,7 +86,10 @@ SHAPINGS = {
 
 @functools.cache
 def rewards(**changes):
-    return jax.jit(lambda r, h: token_rewards(r, init_stats(), h, config_of("ppo", **changes)))
+    def run(rollouts, hparams):
+        return token_rewards(rollouts, init_stats(), hparams, config_of("ppo", **changes))
+
+    return jax.jit(run, compiler_options=QUICKLY)
 
 
 @pytest.mark.parametrize("rich", [True, False])
@@ -130,8 +133,7 @@ TARGETS = {
 )
 def test_targets(name, changes):
     hparams, config, rollouts = hparams_of(name), config_of(name, **changes), rollouts_of(2)
-    targets = jax.jit(lambda r, h: tasks()[name].targets(r, r.tokens, init_stats(), h, config))
-    batch, metrics, _ = targets(rollouts, arrays(hparams))
+    batch, metrics, _ = targets_of(name, rollouts, hparams, config)
     exact = as_float64(rollouts)
     adv, target = oracles.advantages(name, exact, hparams, config)
     np.testing.assert_allclose(batch.adv_t, adv, rtol=1e-4, atol=2e-5)  # a division by the deviation of few tokens
@@ -151,10 +153,7 @@ def test_targets(name, changes):
 def test_share_of_informative_prompts():
     score = np.float32([1, 1, 1, 0, 1, 0])
     rollouts = rollouts_of(3, score=score, token_reward_t=None)
-    targets = jax.jit(
-        lambda r: tasks()["grpo"].targets(r, r.tokens, init_stats(), plain("grpo"), config_of("grpo"))
-    )
-    batch, metrics, _ = targets(rollouts)
+    batch, metrics, _ = targets_of("grpo", rollouts, plain("grpo"), config_of("grpo"))
     assert metrics["objective/informative"] == 0.5
     assert (np.asarray(batch.adv_t)[:3] == 0).all()
 
@@ -171,14 +170,13 @@ def test_targets_read_nothing_where_the_mask_is_false(name):
     config = config_of(name, kl_in="loss", kl_estimator="k3")
     if name == "ppo":
         config = dataclasses.replace(config, bootstrap_truncated=True, whiten_rewards=True)
-    targets = jax.jit(lambda r, h: tasks()[name].targets(r, r.tokens, init_stats(), h, config))
-    rollouts, hparams = rollouts_of(4), arrays(hparams_of(name))
-    clean, *rest = targets(rollouts, hparams)
+    rollouts, hparams = rollouts_of(4), hparams_of(name)
+    clean, *rest = targets_of(name, rollouts, hparams, config)
     for poison in (np.nan, np.inf, 1e30):
         per_token = ("old_logp_t", "old_v_t", "ref_logp_t", "token_reward_t", "importance_t")
         dirty = {key: np.where(rollouts.mask_t, getattr(rollouts, key), np.float32(poison)) for key in per_token}
         dirty["next_v"] = np.where(rollouts.ended, np.float32(poison), rollouts.next_v)
-        batch, *others = targets(dataclasses.replace(rollouts, **dirty), hparams)
+        batch, *others = targets_of(name, dataclasses.replace(rollouts, **dirty), hparams, config)
         np.testing.assert_array_equal(batch.adv_t, clean.adv_t)
         if name == "ppo":
             np.testing.assert_array_equal(batch.return_t, clean.return_t)

@@ -80,6 +80,10 @@ def test_first_tokens(tmp_path: Path, tokenizer: Any, chat_template: bool) -> No
 def test_chat_template(tmp_path: Path, tokenizer: Any) -> None:
     pytest.importorskip("jinja2")
     training, _ = load(write(tmp_path, texts(60)), tokenizer, chat_template=True)
+    assert all(
+        plain in text and plain != text
+        for plain, text in zip(training.columns["prompt_plain"], training.texts, strict=True)
+    )
     first = next(text for text in texts(60) if fraction(text) < 0.7)
     assert training.texts[0] == f"<user>{first}\n<assistant>"
 

@@ -145,7 +145,8 @@ def normalize(batches, how):
     out = []
     for i, batch in enumerate(batches):
         seen = np.concatenate(batches[: i + 1] if how == "running" else batches[:1]).astype(np.float64)
-        out.append(batch if how == "none" else (batch - seen.mean()) / (seen.std(ddof=1) + 1e-6))
+        deviation = math.sqrt(sum((seen - seen.mean()) ** 2) / max(len(seen) - 1, 1))
+        out.append(batch if how == "none" else (batch - seen.mean()) / (deviation + 1e-6))
     return out
 
 

@@ -1,12 +1,20 @@
 """A whole job small enough to run in seconds: tiny model folder, prompts, a reward that counts a letter."""
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
+import numpy as np
 import pytest
 import yaml
 
+from rapidfire_jax.config import load_config
 from rapidfire_jax.models.export import save_pretrained
 from rapidfire_jax.models.tokenizer import load_tokenizer
+from rapidfire_jax.training.job import make_job, train
+from rapidfire_jax.training.run_directory import RunDirectory
+from tests.helpers.compilations import compilations
 from tests.helpers.gguf_files import write_gguf
 from tests.helpers.tiny import tiny_model
 
@@ -32,6 +40,23 @@ def breaks_later(prompts, responses):
     if CALLS > 4:
         raise RuntimeError("out of quota")
     return [0.5] * len(responses)
+
+def characters(prompts, responses):
+    return [len(text) / 10 for text in responses]
+
+def plain(prompts, responses):
+    return [sum(c.isascii() for c in text) / (1 + len(text)) for text in responses]
+
+def even(prompts, responses, response_tokens):
+    return [[float(token % 2 == 0) for token in row] for row in response_tokens]
+
+BREAK_AT, SCORED = None, 0
+def brief_until(prompts, responses):
+    global BREAK_AT, SCORED
+    SCORED += 1
+    if SCORED == BREAK_AT:
+        raise RuntimeError("out of quota")
+    return [float(len(text) < 6) for text in responses]
 '''
 
 
@@ -78,3 +103,52 @@ def job(assets, tmp_path, monkeypatch):
         return path
 
     return write
+
+
+@pytest.fixture(scope="module")
+def quick_programs():
+    """Programs of a few rows that run a few times: what XLA would gain by optimising them, it loses many times over."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def finish():
+    """Trains a job to its end, in a new run directory unless one is given, and checks what holds for every job.
+
+    Returns its run directory, the `Job` itself, summary and metrics.
+    """
+
+    def finish(path: Path | None, run: RunDirectory | None = None) -> SimpleNamespace:
+        if run is None:
+            run = RunDirectory.create(load_config(path))
+        config, compiled, jobs = run.load_config(), {}, []
+
+        def make(config):
+            job = make_job(config)
+            iterate = job.iterate
+
+            def counted(iteration):
+                with compilations() as found:
+                    metrics = iterate(iteration)
+                compiled[iteration] = found
+                return metrics
+
+            job.iterate = counted
+            jobs.append(job)
+            return job
+
+        summary = train(config, run, make)
+        assert not [program for iteration in list(compiled)[1:] for program in compiled[iteration]]
+        records = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+        assert all(np.isfinite(v) for r in records for v in r.values() if isinstance(v, int | float))
+        wanted = {"config.yaml", "environment.json", "metrics.jsonl", "summary.json", "plots", "checkpoints", "final"}
+        assert wanted <= {file.name for file in run.path.iterdir()}
+        assert any(run.plots.iterdir()) and any(run.checkpoints.iterdir())
+        assert json.loads(run.summary.read_text()) == summary
+        learnt = [record for record in records if "phase" not in record]
+        assert [r["iteration"] for r in learnt] == list(range(1, jobs[0].iterations + 1))
+        return SimpleNamespace(run=run, job=jobs[0], summary=summary, records=learnt)
+
+    return finish
