@@ -77,6 +77,7 @@ def group_advantages(score: Float[Array, "B"], group_size: int, scaling: Scaling
       Shao et al., DeepSeekMath, 2024, sec. 4.1.2; Liu et al., Understanding R1-Zero-Like Training, 2025, sec. 3.2.
     """
     groups = _groups(score, group_size)
+    groups = groups - groups[:, :1]  # equal scores are exactly 0 then, which their rounded mean does not make them
     centred = groups - groups.mean(axis=1, keepdims=True)
     if scaling == "std":
         variance = (centred**2).sum(axis=1, keepdims=True) / max(group_size - 1, 1)
@@ -98,6 +99,7 @@ def leave_one_out_advantages(score: Float[Array, "B"], group_size: int) -> Float
     if group_size < 2:
         raise ValueError(f"group_size={group_size}: leaving one out needs at least 2 responses a prompt")
     groups = _groups(score, group_size)
+    groups = groups - groups[:, :1]  # as in `group_advantages`
     others = (groups.sum(axis=1, keepdims=True) - groups) / (group_size - 1)
     return (groups - others).reshape(-1)
 

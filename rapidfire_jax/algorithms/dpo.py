@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 from rapidfire_jax.algorithms import offline
 from rapidfire_jax.algorithms.binding import bind
 from rapidfire_jax.algorithms.masking import Mean, PartialMetrics
-from rapidfire_jax.algorithms.offline import PreferenceBatch, counted
+from rapidfire_jax.algorithms.offline import PreferenceBatch, counted, only
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +70,7 @@ def dpo_loss(
     References:
       Rafailov et al. 2023, eq. 7; Mitchell 2023, eq. 3; Azar et al. 2023, eq. 17 (their tau is beta).
     """
+    logp, ref_logp = only(logp, valid), only(ref_logp, valid)
     relative = logp if config.reference_free else logp - jax.lax.stop_gradient(ref_logp)
     h = relative[:, 0] - relative[:, 1]
     if config.loss == "sigmoid":

@@ -60,7 +60,7 @@ def adapt_kl_coef(
     """The next coefficient: raised while the KL is above its target, lowered while it is below.
 
         e = clip(kl / target - 1, -0.2, 0.2)
-        kl_coef' = kl_coef (1 + e responses / horizon)
+        kl_coef' = kl_coef (1 + e min(responses / horizon, 1))
 
     Args:
       kl_coef: the present coefficient.
@@ -74,4 +74,4 @@ def adapt_kl_coef(
       responses / horizon.
     """
     error = jnp.clip(kl / target - 1.0, -0.2, 0.2)
-    return kl_coef * (1.0 + error * responses / horizon)
+    return kl_coef * (1.0 + error * jnp.minimum(responses / horizon, 1.0))

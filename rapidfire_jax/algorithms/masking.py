@@ -51,17 +51,22 @@ def masked_mean(x: Float[Array, "*S"], mask: Bool[Array, "*S"]) -> Float[Array, 
     return total / jnp.maximum(count, 1.0)
 
 
+def centred(x: Float[Array, "*S"], mask: Bool[Array, "*S"]) -> Float[Array, "*S"]:
+    """`x` less its mean where `mask`, 0 elsewhere; twice, as the rounded mean of equal numbers is not that number."""
+    for _ in range(2):
+        x = jnp.where(mask, x - masked_mean(x, mask), 0.0)
+    return x
+
+
 def masked_variance(x: Float[Array, "*S"], mask: Bool[Array, "*S"]) -> Float[Array, ""]:
     """Unbiased variance of `x` where `mask`; 0 for fewer than two positions."""
-    centred = jnp.where(mask, x - masked_mean(x, mask), 0.0)
-    return jnp.sum(centred * centred) / jnp.maximum(mask.sum(dtype=x.dtype) - 1.0, 1.0)
+    return jnp.sum(centred(x, mask) ** 2) / jnp.maximum(mask.sum(dtype=x.dtype) - 1.0, 1.0)
 
 
 def whiten(x: Float[Array, "*S"], mask: Bool[Array, "*S"], *, keep_mean: bool = False) -> Float[Array, "*S"]:
     """Scales `x` to variance 1 over `mask` and shifts it to mean 0, unless `keep_mean`; 0 elsewhere."""
-    mean = masked_mean(x, mask)
-    scaled = (x - mean) * jax.lax.rsqrt(masked_variance(x, mask) + 1e-8)
-    return jnp.where(mask, scaled + mean if keep_mean else scaled, 0.0)
+    scaled = centred(x, mask) * jax.lax.rsqrt(masked_variance(x, mask) + 1e-8)
+    return jnp.where(mask, scaled + masked_mean(x, mask), 0.0) if keep_mean else scaled
 
 
 def aggregate(

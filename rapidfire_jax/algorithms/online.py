@@ -158,7 +158,7 @@ def surrogate_loss(
     entropy, _ = aggregate(outputs.entropy_t, mask_t, config.aggregation)
     total = total - hparams.entropy_coef * entropy
     if config.kl_in == "loss" and batch.ref_logp_t is not None:
-        difference = jnp.where(mask_t, logp_t - batch.ref_logp_t, 0.0)
+        difference = jnp.where(mask_t, logp_t - jax.lax.stop_gradient(batch.ref_logp_t), 0.0)
         kl_t = kl_estimate(difference, jnp.zeros_like(difference), config.kl_estimator)
         kl, _ = aggregate(kl_t, mask_t, config.aggregation)
         total = total + hparams.kl_coef * kl

@@ -34,12 +34,26 @@ def make_optimizer(
 def separate_optimizers(
     policy: optax.GradientTransformation, critic: optax.GradientTransformation, is_critic: Callable[[Any], Any]
 ) -> optax.GradientTransformationExtraArgs:
-    """One optimiser for the policy's parameters and one for the critic's; each clips the norm of its own gradients."""
+    """One optimiser for the policy's parameters and one for the critic's; each clips the norm of its own gradients.
+
+    `update(..., learning_rate=..., critic_learning_rate=...)`: each follows its own.
+
+    Args:
+      policy, critic: of `make_optimizer`.
+      is_critic: parameters -> a tree of bools, made by mapping over what it is given.
+    """
+    inner = optax.with_extra_args_support(critic)
+
+    def update(updates, state, params=None, *, critic_learning_rate, **_):
+        rates = {"learning_rate": critic_learning_rate, "critic_learning_rate": critic_learning_rate}
+        return inner.update(updates, state, params, **rates)
 
     def labels(params: Any) -> Any:
         return jax.tree.map(lambda critic: "critic" if critic else "policy", is_critic(params))
 
-    return optax.partition({"policy": policy, "critic": critic}, labels)
+    return optax.partition(
+        {"policy": policy, "critic": optax.GradientTransformationExtraArgs(inner.init, update)}, labels
+    )
 
 
 def _descend(is_critic: Callable[[Any], Any] | None) -> optax.GradientTransformationExtraArgs:

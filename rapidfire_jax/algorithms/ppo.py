@@ -67,7 +67,7 @@ class PPOHParams(online.OnlineHParams):
     lam: Fraction = 0.95
     value_clip_range: Annotated[float, Gt(0)] | None = 0.2
     value_coef: NonNegative = 0.1
-    critic_warmup: NonNegative = 0.0  # optimiser steps in which only the critic learns
+    critic_warmup: NonNegative = 0.0  # optimiser steps of the critic alone; needs an optimiser that knows it
 
 
 @jax.tree_util.register_dataclass

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float
 from rapidfire_jax.algorithms import offline
 from rapidfire_jax.algorithms.binding import bind
 from rapidfire_jax.algorithms.masking import Mean, PartialMetrics
-from rapidfire_jax.algorithms.offline import LabelledBatch, PreferenceBatch, counted
+from rapidfire_jax.algorithms.offline import LabelledBatch, PreferenceBatch, counted, only
 from rapidfire_jax.algorithms.online import NonNegative
 
 
@@ -51,6 +51,7 @@ def preference_loss(
     References:
       Stiennon et al. 2020, eq. 1; Touvron et al. 2023, eq. 2; Eisenstein et al. 2023, eq. 3.
     """
+    score, margin = only(score, valid), only(margin, valid)
     difference = score[:, 0] - score[:, 1]
     centre = hparams.centre_coef * (score[:, 0] + score[:, 1]) ** 2
     loss = -jax.nn.log_sigmoid(difference - hparams.margin_coef * margin) + centre
@@ -73,6 +74,7 @@ def classification_loss(
       label: 1 for the class, 0 for the other, or a probability.
       valid: texts that count; None: all.
     """
+    score, label = only(score, valid), only(label, valid)
     loss = -label * jax.nn.log_sigmoid(score) - (1.0 - label) * jax.nn.log_sigmoid(-score)
     averages = {
         "accuracy": ((score > 0) == (label > 0.5)).astype(score.dtype),

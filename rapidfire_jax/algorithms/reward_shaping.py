@@ -55,7 +55,9 @@ def normalize_scores(
     """Scores shifted and scaled to mean 0 and standard deviation 1, and the statistics to carry on.
 
         running      over all rollouts of the run so far, these included
-        reference    over the first rollouts of the run, which the reference policy made
+        reference    over the first rollouts of the run, which the reference policy made (up to the first that differ)
+
+    While all scores are the same, they are only shifted.
 
     References:
       Stiennon et al., Learning to Summarize with Human Feedback, 2020, appendix C.1 (reference).
@@ -64,10 +66,10 @@ def normalize_scores(
         return score, stats
     updated = add_scores(stats, score)
     if how == "reference":
-        first = stats.score_count == 0
+        first = stats.score_m2 == 0
         updated = jax.tree.map(lambda new, old: jnp.where(first, new, old), updated, stats)
     deviation = jnp.sqrt(updated.score_m2 / jnp.maximum(updated.score_count - 1.0, 1.0))
-    return (score - updated.score_mean) / (deviation + 1e-6), updated
+    return (score - updated.score_mean) / jnp.where(deviation > 0, deviation + 1e-6, 1.0), updated
 
 
 def overlong_fraction(length: Float[Array, "B"], limit: int, buffer: Float[Array, ""] | float) -> Float[Array, "B"]:
@@ -76,7 +78,7 @@ def overlong_fraction(length: Float[Array, "B"], limit: int, buffer: Float[Array
     References:
       Yu et al., DAPO, 2025, eq. 13 (soft overlong punishment).
     """
-    return jnp.clip((length - (limit - buffer)) / jnp.maximum(buffer, 1e-6), 0.0, 1.0)
+    return jnp.clip(1.0 - (limit - length) / jnp.maximum(buffer, 1e-6), 0.0, 1.0)
 
 
 def shape_scores(

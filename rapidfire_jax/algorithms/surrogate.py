@@ -72,6 +72,7 @@ def policy_loss(
       Schulman et al., Proximal Policy Optimization Algorithms, 2017, eq. 7; Ye et al., Mastering Complex Control in
       MOBA Games, 2019, eq. 5 (dual clip); Yu et al., DAPO, 2025, sec. 3.1 (clip-higher).
     """
+    old_logp_t, adv_t = jax.lax.stop_gradient((old_logp_t, adv_t))
     ratio = jnp.exp(log_ratios(logp_t, old_logp_t, mask_t, level))
     high = clip_range if clip_range_high is None else clip_range_high
     loss_t = jnp.maximum(-adv_t * ratio, -adv_t * jnp.clip(ratio, 1.0 - clip_range, 1.0 + high))
@@ -103,6 +104,7 @@ def value_loss(
       value_clip_range: c; None: only the first square.
       aggregation: see `rapidfire_jax.algorithms.masking.aggregate`.
     """
+    old_v_t, return_t = jax.lax.stop_gradient((old_v_t, return_t))
     v_t = jnp.where(mask_t, v_t, 0.0)
     loss_t = (v_t - return_t) ** 2
     if value_clip_range is not None:

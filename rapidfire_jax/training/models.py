@@ -93,10 +93,10 @@ def load_trainee(config: RunConfig) -> Trainee:
     half, frozen, trainable = make_policy(
         model, model_key, lora=lora, critic=critic, value_head=has_critic, remat=remat
     )
-    is_critic = half.is_critic if has_critic else None
-    optimizer = _optimizer(config.optimizer, is_critic)
-    if critic_optimizer is not None:
-        optimizer = separate_optimizers(optimizer, _optimizer(critic_optimizer, is_critic), half.is_critic)
+    if critic_optimizer is None:
+        optimizer = _optimizer(config.optimizer, half.is_critic if has_critic else None)
+    else:
+        optimizer = separate_optimizers(_optimizer(config.optimizer), _optimizer(critic_optimizer), half.is_critic)
     return Trainee(config, half, tokenizer, optimizer, init_state(frozen, trainable, optimizer), context)
 
 

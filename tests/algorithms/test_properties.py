@@ -217,7 +217,6 @@ def test_everything_stays_finite(name, normalization):
                 same(state.trainable, state_of().trainable)
 
 
-@pytest.mark.xfail(strict=True, reason="the rounded mean of equal scores is not that score")
 def test_a_prompt_whose_responses_are_scored_alike_teaches_nothing():
     """However they are scored."""
     for name in ("grpo", "rloo"):

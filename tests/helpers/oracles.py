@@ -140,13 +140,21 @@ def leave_one_out(score, size):
     return np.array(out)
 
 
+def reference_batches(batches):
+    """The first batches of a run, up to the one in which scores differ for the first time."""
+    count = next((n for n in range(1, len(batches) + 1) if len(set(np.concatenate(batches[:n]).tolist())) > 1), None)
+    return batches[:count]
+
+
 def normalize(batches, how):
-    """Scores of each batch over the scores so far, or over those of the first."""
+    """Scores of each batch over the scores so far, or over those of the first that differ; shifted while none do."""
     out = []
     for i, batch in enumerate(batches):
-        seen = np.concatenate(batches[: i + 1] if how == "running" else batches[:1]).astype(np.float64)
+        so_far = batches[: i + 1]
+        seen = np.concatenate(so_far if how == "running" else reference_batches(so_far)).astype(np.float64)
         deviation = math.sqrt(sum((seen - seen.mean()) ** 2) / max(len(seen) - 1, 1))
-        out.append(batch if how == "none" else (batch - seen.mean()) / (deviation + 1e-6))
+        scale = deviation + 1e-6 if deviation > 0 else 1.0
+        out.append(batch if how == "none" else (batch - seen.mean()) / scale)
     return out
 
 
