@@ -1,0 +1,1 @@
+"""Root-mean-square normalisation, with the addition to the residual stream before it."""
