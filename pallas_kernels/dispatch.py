@@ -4,8 +4,36 @@ An operation lists its implementations, best first; the last one can serve every
 the first that has no reason against the call; a name takes that one, or raises with all its reasons.
 """
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
+
+
+class Choice(NamedTuple):
+    """One call that was traced."""
+
+    operation: str
+    implementation: str  # that runs
+    against: dict[str, list[str]]  # reasons against each of the others that was tried before, by name
+
+
+_record: contextvars.ContextVar[list[Choice] | None] = contextvars.ContextVar("record", default=None)
+
+
+@contextlib.contextmanager
+def record() -> Iterator[list[Choice]]:
+    """Collects what is chosen for every call traced in the block; jitted functions that were traced before are silent.
+
+    with record() as choices:
+        jax.eval_shape(step, state, batch)
+    """
+    choices: list[Choice] = []
+    token = _record.set(choices)
+    try:
+        yield choices
+    finally:
+        _record.reset(token)
 
 
 class Implementation(NamedTuple):
@@ -28,21 +56,17 @@ class Operation(NamedTuple):
           ValueError: there is no implementation of that name.
           NotImplementedError: the named implementation cannot serve the call; says every reason.
         """
-        if implementation is None:
-            return self.implementations[self.choose(*args, **kwargs)].run(*args, **kwargs)
-        if implementation not in self.implementations:
+        if implementation is not None and implementation not in self.implementations:
             accepted = ", ".join(map(repr, self.implementations))
             raise ValueError(f"{self.name}: implementation={implementation!r}; accepted: {accepted}, None")
-        chosen = self.implementations[implementation]
-        if reasons := chosen.reasons(*args, **kwargs):
-            listed = "".join(f"\n  - {reason}" for reason in reasons)
-            raise NotImplementedError(f"{self.name}: implementation={implementation!r} cannot serve this call:{listed}")
-        return chosen.run(*args, **kwargs)
-
-    def choose(self, *args: Any, **kwargs: Any) -> str:
-        """Name of the implementation that would run."""
-        return next(name for name, reasons in self.explain(*args, **kwargs).items() if not reasons)
-
-    def explain(self, *args: Any, **kwargs: Any) -> dict[str, list[str]]:
-        """The reasons against each implementation for this call; empty for those that can serve it."""
-        return {name: each.reasons(*args, **kwargs) for name, each in self.implementations.items()}
+        against: dict[str, list[str]] = {}
+        for name in self.implementations if implementation is None else [implementation]:
+            candidate = self.implementations[name]
+            if reasons := candidate.reasons(*args, **kwargs):
+                against[name] = reasons
+                continue
+            if (choices := _record.get()) is not None:
+                choices.append(Choice(self.name, name, against))
+            return candidate.run(*args, **kwargs)
+        listed = "".join(f"\n  - {reason}" for reasons in against.values() for reason in reasons)
+        raise NotImplementedError(f"{self.name}: implementation={implementation!r} cannot serve this call:{listed}")

@@ -82,7 +82,9 @@ def why_not_hopper() -> list[str]:
     kind = device_kind()
     if _HOPPER.search(kind):
         return []
-    return [f"the device is {kind!r}; Mosaic kernels need a Hopper GPU (H100, H200), or pallas_kernels.hopper.simulated()"]
+    return [
+        f"the device is {kind!r}; Mosaic kernels need a Hopper GPU (H100, H200), or pallas_kernels.hopper.simulated()"
+    ]
 
 
 # Simulated
@@ -93,7 +95,7 @@ def simulated(*, detect_races: bool = True) -> Iterator[None]:
     """Runs every Mosaic kernel traced in the block on the CPU, as if the device were an H100.
 
     Raises:
-      RaceError: at the end of the block, if a race was found.
+      RaceError: a race was found; says which accesses of what memory, by which threads.
     """
     from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as simulator
 
@@ -103,7 +105,11 @@ def simulated(*, detect_races: bool = True) -> Iterator[None]:
             yield
             jax.effects_barrier()
         if detect_races and (races := simulator.get_races()) is not None and races.races_found:
-            raise RaceError("the simulator found a data race; it printed both accesses")
+            raise RaceError("the simulator found a data race")
+    except jax.errors.JaxRuntimeError as error:
+        if "RACE DETECTED" not in str(error):
+            raise
+        raise RaceError(str(error).partition("RACE DETECTED")[2].strip()) from None
     finally:
         simulator.reset_gpu_interpret_mode_state()
 
@@ -126,8 +132,9 @@ def lower(function: Callable, *args: Any, devices: int = 1, **kwargs: Any) -> ja
 
 def kernel_counts(lowered: jax.stages.Lowered) -> collections.Counter[str]:
     """How often each Mosaic kernel stands in the program; the body of a loop counts once."""
-    module = lowered.compiler_ir("stablehlo").operation
-    functions = {op.attributes["sym_name"].value: op for op in _operations(module) if op.name == "func.func"}
+    module = lowered.compiler_ir("stablehlo")
+    assert module is not None
+    functions = {op.attributes["sym_name"].value: op for op in _operations(module.operation) if op.name == "func.func"}
 
     def count(op: Any) -> collections.Counter[str]:
         found: collections.Counter[str] = collections.Counter()
@@ -178,8 +185,8 @@ def _ptxas() -> str | None:
         return found
     spec = importlib.util.find_spec("nvidia")
     for folder in [] if spec is None else spec.submodule_search_locations or []:
-        for found in Path(folder).glob("*/bin/ptxas"):
-            return str(found)
+        for path in Path(folder).glob("*/bin/ptxas"):
+            return str(path)
     return None
 
 
@@ -196,7 +203,9 @@ def mesh(devices: int = 1) -> jax.sharding.Mesh:
         raise NotImplementedError(f"cannot compile for an H100 here: {'; '.join(missing)}")
     os.environ["PATH"] += os.pathsep + str(Path(_ptxas() or "").parent)
     canonical = bridge.canonicalize_platform
-    bridge.canonicalize_platform = lambda name: "cuda" if name == "gpu" else canonical(name)  # jax issue 23971
+    bridge.canonicalize_platform = lambda platform: (
+        "cuda" if platform == "gpu" else canonical(platform)
+    )  # jax issue 23971
     try:
         described = topologies.get_topology_desc(
             platform="cuda", topology_name="h100", target_config=_TARGET, topology=f"1x1x{devices}"

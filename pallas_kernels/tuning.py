@@ -2,7 +2,7 @@
 
     python -m pallas_kernels.tuning [OPERATION ...]      on the GPU: measures and writes pallas_kernels/tuned/DEVICE/
 
-A kernel's `Config` is a frozen dataclass whose fields are declared by `choice`. A kernel asks `config_for` once a trace.
+A kernel's `Config` is a frozen dataclass whose fields are declared by `choice`; a kernel asks `config_for` when traced.
 """
 
 import contextlib

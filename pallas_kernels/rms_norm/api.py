@@ -89,9 +89,7 @@ _mosaic.defvjp(_forward, _backward)
 OPERATION = Operation(
     "rms_norm",
     {
-        "mosaic_gpu": Implementation(
-            _mosaic, lambda *args: hopper.why_not_hopper() + mosaic_gpu.reasons(*args)
-        ),
+        "mosaic_gpu": Implementation(_mosaic, lambda *args: hopper.why_not_hopper() + mosaic_gpu.reasons(*args)),
         "xla": Implementation(rms_norm_reference),
     },
 )

@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.tuning import choice, config_for
 
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
-WIDEST = 16384  # 128 float32 registers a thread
+WIDEST = 8192  # the backward kernel's sums take 64 registers a thread then
 LANES = 128
 
 
@@ -51,11 +51,8 @@ def rms_norm_forward(x, residual, scale, eps, offset):
     layout = row_layout(d, x.dtype)
     added = residual is not None
 
-    def body(*refs):
-        x_ref, *refs = refs
-        if added:
-            residual_ref, *refs = refs
-        scale_ref, y_ref, rstd_ref, *h_ref = refs
+    def body(x_ref, *refs):
+        scale_ref, y_ref, rstd_ref, *h_ref = refs[added:]
         weight = plgpu.load(scale_ref, layout=layout)
         weight = weight.astype(jnp.float32) + offset if offset else weight.astype(x.dtype)
 
@@ -64,7 +61,7 @@ def rms_norm_forward(x, residual, scale, eps, offset):
             row = lax.axis_index("block") * rows + i
             h = plgpu.load(x_ref.at[row], layout=layout)
             if added:
-                h += plgpu.load(residual_ref.at[row], layout=layout)
+                h += plgpu.load(refs[0].at[row], layout=layout)
                 h_ref[0][row] = h
             h = h.astype(jnp.float32)
             rstd = lax.rsqrt(jnp.sum(h * h) * (1 / d) + eps)

@@ -12,8 +12,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import CORES
-from pallas_kernels.rms_norm.mosaic_gpu import row_layout
+from pallas_kernels.rms_norm.mosaic_gpu import LANES, row_layout
 from pallas_kernels.tuning import choice, config_for
+
+CHUNK = 2048  # columns in registers at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,28 +34,46 @@ def rms_norm_backward(h, scale, rstd, dy, dh, offset):
     """`(gradient of h [M, D], gradient of scale [D] in float32)`; `dh`, from the residual stream, may be None."""
     m, d = h.shape
     blocks = min(m, config_for("rms_norm_backward", heuristic(m, d), m=m, d=d, dtype=h.dtype).blocks)
-    layout = row_layout(d, h.dtype)
+    width = next(w for w in range(min(d, CHUNK), 0, -LANES) if d % w == 0)
+    chunks = [pl.ds(start, width) for start in range(0, d, width)]
+    layout = row_layout(width, h.dtype)
     added = dh is not None
 
     def body(h_ref, scale_ref, rstd_ref, dy_ref, *refs):
         dh_ref, (dx_ref, dscale_ref) = (refs[0], refs[1:]) if added else (None, refs)
         block = lax.axis_index("block")
-        weight = plgpu.load(scale_ref, layout=layout).astype(jnp.float32) + offset
+
+        def load(ref, *index):
+            return plgpu.load(ref.at[index], layout=layout).astype(jnp.float32)
 
         def step(i, dscale):
             row = block + i * blocks
-            scale_of_row = rstd_ref[row]
-            unit = plgpu.load(h_ref.at[row], layout=layout).astype(jnp.float32) * scale_of_row
-            dy_row = plgpu.load(dy_ref.at[row], layout=layout).astype(jnp.float32)
-            g = dy_row * weight
-            dx = scale_of_row * (g - unit * (jnp.sum(g * unit) * (1 / d)))
-            if dh_ref is not None:
-                dx += plgpu.load(dh_ref.at[row], layout=layout).astype(jnp.float32)
-            dx_ref[row] = dx.astype(h.dtype)
-            return dscale + dy_row * unit
+            rstd = rstd_ref[row]
 
-        zero = plgpu.layout_cast(jnp.zeros((d,), jnp.float32), layout)
-        dscale_ref[block] = lax.fori_loop(0, pl.cdiv(m - block, blocks), step, zero)
+            def terms(columns):
+                """Once for the mean and once more, from L1: registers do not hold a row of everything."""
+                unit, dy_row = load(h_ref, row, columns) * rstd, load(dy_ref, row, columns)
+                return unit, dy_row, dy_row * (load(scale_ref, columns) + offset)
+
+            mean = jnp.float32(0)
+            for columns in chunks:
+                unit, _, g = terms(columns)
+                mean += jnp.sum(g * unit) * (1 / d)
+            sums = []
+            for columns, sum_so_far in zip(chunks, dscale, strict=True):
+                unit, dy_row, g = terms(columns)
+                dx = rstd * (g - unit * mean)
+                if dh_ref is not None:
+                    dx += load(dh_ref, row, columns)
+                dx_ref[row, columns] = dx.astype(h.dtype)
+                sums.append(sum_so_far + dy_row * unit)
+            return tuple(sums)
+
+        zero = plgpu.layout_cast(jnp.zeros((width,), jnp.float32), layout)
+        for columns, dscale in zip(
+            chunks, lax.fori_loop(0, pl.cdiv(m - block, blocks), step, (zero,) * len(chunks)), strict=True
+        ):
+            dscale_ref[block, columns] = dscale
 
     dx, partial = plgpu.kernel(
         body,

@@ -58,8 +58,7 @@ def _evaluate(function, args, differentiable, seed):
     keys = jax.random.split(jax.random.key(1000 + seed), len(leaves))
     # Rounded to bfloat16, so that they are the same for every dtype.
     cotangents = [
-        jax.random.normal(k, x.shape).astype(jnp.bfloat16).astype(x.dtype)
-        for k, x in zip(keys, leaves, strict=True)
+        jax.random.normal(k, x.shape).astype(jnp.bfloat16).astype(x.dtype) for k, x in zip(keys, leaves, strict=True)
     ]
     return out, pull(jax.tree.unflatten(treedef, cotangents))
 
