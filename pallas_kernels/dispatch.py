@@ -9,6 +9,8 @@ import contextvars
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from pallas_kernels import hopper
+
 
 class Choice(NamedTuple):
     """One call that was traced."""
@@ -36,6 +38,19 @@ def record() -> Iterator[list[Choice]]:
         _record.reset(token)
 
 
+_preferred: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("preferred", default=())
+
+
+@contextlib.contextmanager
+def prefer(*implementations: str) -> Iterator[None]:
+    """Calls traced in the block that name no implementation take the first of these that the operation has."""
+    token = _preferred.set(implementations)
+    try:
+        yield
+    finally:
+        _preferred.reset(token)
+
+
 class Implementation(NamedTuple):
     """One way to compute an operation. Both functions take the arguments of the operation's own `run` call."""
 
@@ -59,6 +74,9 @@ class Operation(NamedTuple):
         if implementation is not None and implementation not in self.implementations:
             accepted = ", ".join(map(repr, self.implementations))
             raise ValueError(f"{self.name}: implementation={implementation!r}; accepted: {accepted}, None")
+        if implementation is None:
+            implementation = next((name for name in _preferred.get() if name in self.implementations), None)
+        args, kwargs = hopper.vary((args, kwargs), hopper.varying_axes(args, kwargs))
         against: dict[str, list[str]] = {}
         for name in self.implementations if implementation is None else [implementation]:
             candidate = self.implementations[name]

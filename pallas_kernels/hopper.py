@@ -87,6 +87,34 @@ def why_not_hopper() -> list[str]:
     ]
 
 
+# Inside shard_map
+
+
+def varying_axes(*trees: Any) -> tuple[str, ...]:
+    """Mesh axes of a surrounding `shard_map` over which any of the arrays differs from device to device."""
+    kinds = (jax.typeof(x).manual_axis_type for x in jax.tree.leaves(trees) if isinstance(x, jax.Array))
+    return tuple(sorted(frozenset[str]().union(*(kind.varying for kind in kinds))))
+
+
+def vary(tree: Any, axes: tuple[str, ...]) -> Any:
+    """Declares the arrays of `tree` to differ over `axes`; with gradients, the sum over devices is taken here."""
+
+    def cast(x: Any) -> Any:
+        missing = tuple(a for a in axes if a not in varying_axes(x)) if isinstance(x, jax.Array) else ()
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(cast, tree)
+
+
+def kernel(body: Callable, **options: Any) -> Callable[..., Any]:
+    """`plgpu.kernel` for arrays that differ over the axes of a `shard_map`: its results differ over the same axes."""
+
+    def run(*operands: Any) -> Any:
+        return vary(plgpu.kernel(body, **options)(*operands), varying_axes(operands))
+
+    return run
+
+
 # Simulated
 
 

@@ -13,7 +13,6 @@ import json
 import re
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -95,7 +94,7 @@ def tune(function: Callable, *args: Any, measure: Callable[[Callable, tuple], fl
     Args:
       function: calls an operation; every kernel in it is tuned.
       *args: arrays.
-      measure: seconds of one call of a function; by default the median of 20.
+      measure: seconds of one call of a function, which it must trace; by default `seconds`.
 
     Returns:
       `{kernel: Config}`.
@@ -128,15 +127,12 @@ def tune(function: Callable, *args: Any, measure: Callable[[Callable, tuple], fl
     return found
 
 
-def seconds(function: Callable, args: tuple, repeats: int = 20) -> float:
-    """Median wall time of a call that has been compiled and run before."""
-    jax.block_until_ready(function(*args))
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(function(*args))
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+def seconds(function: Callable, args: tuple, repeats: int = 10) -> float:
+    """Median time on the GPU of all kernels of a call, of which none is compilation or launch."""
+    from jax.experimental.mosaic.gpu import profiler
+
+    _, milliseconds = profiler.measure(function, iterations=repeats)(*args)
+    return statistics.median(milliseconds) / 1e3
 
 
 def _write(kernel: str, key: str, config: Any) -> None:

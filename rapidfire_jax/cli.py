@@ -1,6 +1,7 @@
 """The `rapidfire` command."""
 
 import functools
+import json
 import os
 import sys
 import traceback
@@ -135,6 +136,23 @@ def export(
 
     convert(source, folder, adapter=adapter, dtype=dtype, max_shard_bytes=int(shard_gb * 1e9))
     print(f"model: {folder}")
+
+
+@app.command()
+@_report_errors
+def doctor(
+    model: Annotated[str, typer.Option(help="Size whose calls are tried: 135m, 1b, 8b or 70b.")] = "8b",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show versions, devices, and which kernels would run here and why others would not."""
+    from pallas_kernels.shape_specs import MODELS
+    from rapidfire_jax.doctor import examine, show
+
+    if model not in MODELS:
+        raise InputError(f"--model {model}; accepted: {', '.join(MODELS)}")
+    found = examine(model)
+    print(json.dumps(found)) if as_json else show(found)
 
 
 def _policy_of(name: str) -> str:

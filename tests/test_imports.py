@@ -16,7 +16,8 @@ RANKS = {
     "rollout": 4,
     "rewards": 4,
     "training": 5,
-    "cli": 6,
+    "doctor": 6,
+    "cli": 7,
 }
 
 

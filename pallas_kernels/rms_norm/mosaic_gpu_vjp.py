@@ -11,7 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper import CORES
+from pallas_kernels import hopper
 from pallas_kernels.rms_norm.mosaic_gpu import LANES, row_layout
 from pallas_kernels.tuning import choice, config_for
 
@@ -27,7 +27,7 @@ class Config:
 
 def heuristic(m: int, d: int) -> Config:
     """A few blocks a core; a wide row leaves registers for fewer."""
-    return Config(blocks=CORES * (2 if d > 4096 else 4))
+    return Config(blocks=hopper.CORES * (2 if d > 4096 else 4))
 
 
 def rms_norm_backward(h, scale, rstd, dy, dh, offset):
@@ -75,7 +75,7 @@ def rms_norm_backward(h, scale, rstd, dy, dh, offset):
         ):
             dscale_ref[block, columns] = dscale
 
-    dx, partial = plgpu.kernel(
+    dx, partial = hopper.kernel(
         body,
         out_type=[jax.ShapeDtypeStruct((m, d), h.dtype), jax.ShapeDtypeStruct((blocks, d), jnp.float32)],
         grid=(blocks,),

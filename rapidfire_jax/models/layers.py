@@ -14,6 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from pallas_kernels import rms_norm
 from rapidfire_jax.models.config import DecoderConfig
 from rapidfire_jax.models.rope import rotate
 
@@ -72,11 +73,11 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*M D"]) -> Float[Array, "*M D"]:
         """`x` with a root mean square of 1, times the scale."""
-        x32 = x.astype(jnp.float32)
-        x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        if self.offset:
-            return (x32 * jnp.broadcast_to(self.scale[...].astype(jnp.float32) + self.offset, x.shape)).astype(x.dtype)
-        return x32.astype(x.dtype) * jnp.broadcast_to(self.scale[...].astype(x.dtype), x.shape)
+        return rms_norm(x, self.scale[...], eps=self.eps, offset=self.offset)
+
+    def add(self, x: Float[Array, "*M D"], update: Float[Array, "*M D"]) -> tuple[Array, Array]:
+        """The sum of both, normalised, and the sum itself."""
+        return rms_norm(update, self.scale[...], x, eps=self.eps, offset=self.offset)
 
 
 class LayerNorm(nnx.Module):
@@ -94,6 +95,10 @@ class LayerNorm(nnx.Module):
         x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
         scale, bias = (jnp.broadcast_to(p[...].astype(jnp.float32), x.shape) for p in (self.scale, self.bias))
         return (x32 * scale + bias).astype(x.dtype)
+
+    def add(self, x: Float[Array, "*M D"], update: Float[Array, "*M D"]) -> tuple[Array, Array]:
+        """The sum of both, normalised, and the sum itself."""
+        return self(x + update), x + update
 
 
 def make_norm(config: DecoderConfig, *, dtype: DTypeLike) -> RMSNorm | LayerNorm:
@@ -162,8 +167,8 @@ class Block(nnx.Module):
             attended = self.attention_post_norm(attended)
         if self.config.parallel:
             return x + attended + self._mlp(self.mlp_norm(x)), pair
-        x += attended
-        update = self._mlp(self.mlp_norm(x))
+        normed, x = self.mlp_norm.add(x, attended)
+        update = self._mlp(normed)
         return x + (update if self.mlp_post_norm is None else self.mlp_post_norm(update)), pair
 
     def _attention(self, x, view: View, cache, slot):

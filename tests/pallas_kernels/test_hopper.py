@@ -39,7 +39,7 @@ def test_the_simulator_runs_kernels_and_finds_races():
     with hopper.simulated():
         out = swap_halves(X, waits=True)
     np.testing.assert_array_equal(out, X[::-1])
-    with pytest.raises(hopper.RaceError, match="swap_halves"), hopper.simulated():
+    with pytest.raises(hopper.RaceError, match="test_hopper"), hopper.simulated():
         swap_halves(X, waits=False)
     with hopper.simulated():  # and works again after that
         swap_halves(X, waits=True)
