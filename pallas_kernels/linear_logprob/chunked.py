@@ -1,85 +1,99 @@
 """`linear_logprob` in slices of the vocabulary, forward and backward: `[M, chunk]` is the largest array.
 
-The forward pass keeps a running maximum and two running sums (the online softmax of Milakov and Gimelshein 2018); the
-backward pass computes each slice of the logits again.
+The forward pass keeps a running maximum m and two running sums, s = sum of e^(z-m) and w = sum of (z-m) e^(z-m) (the
+online softmax of Milakov and Gimelshein 2018); then lse = m + log s and entropy = log s - w / s. The backward pass
+computes each slice of the logits z again, and with p = e^(z-lse)
+
+    dz = dlogp (hit - p) - dentropy p (z - lse + entropy) + dlse p,    dhidden = dz @ head,    dhead = dz^T @ hidden.
 """
 
-from functools import partial
-
-import jax
 import jax.numpy as jnp
+from jax import lax
+
+LOWEST = -1e30  # stands for minus infinity, of which differences are NaN
+SLICE_BYTES = 16 * 2**20  # of the float32 logits held at a time
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def linear_logprob_chunked(hidden, head, targets, temperature, chunk, soft_cap):
-    """Returns `(logp [M], entropy [M])` in float32. No gradient flows to `temperature`."""
-    return _forward(hidden, head, targets, temperature, chunk, soft_cap)[0]
+def columns_held(chunk, rows, vocabulary):
+    """Columns of a slice: what the caller asked for, else what `SLICE_BYTES` hold."""
+    return min(max(1, SLICE_BYTES // (4 * rows)) if chunk is None else chunk, vocabulary)
 
 
-def _slices(head, chunk):
-    """Start of each slice and the columns it owns: the last slice is moved back to fit and leaves out what was done."""
-    vocabulary = head.shape[0]
+def slices(vocabulary, chunk):
+    """Start of each slice, and how many columns of it the one before has done: the last is moved back to fit."""
     nominal = jnp.arange(0, vocabulary, chunk)
     starts = jnp.minimum(nominal, vocabulary - chunk)
     return starts, nominal - starts
-
-
-def _logits(hidden, rows, soft_cap):
-    return _capped(jnp.einsum("md,vd->mv", hidden, rows, preferred_element_type=jnp.float32), soft_cap)
 
 
 def _capped(z, soft_cap):
     return z if soft_cap is None else jnp.tanh(z / soft_cap) * soft_cap
 
 
-def _forward(hidden, head, targets, temperature, chunk, soft_cap):
+def _logits(hidden, rows, soft_cap):
+    return _capped(jnp.einsum("md,vd->mv", hidden, rows, preferred_element_type=jnp.float32), soft_cap)
+
+
+def linear_logprob_forward(hidden, head, targets, temperature, chunk, soft_cap):
+    """`(logp [M], entropy [M], lse [M])` in float32."""
+    rows, vocabulary = hidden.shape[0], head.shape[0]
+    chunk = columns_held(chunk, rows, vocabulary)
+
     def step(carry, piece):
         peak, total, weighted = carry
-        start, skip = piece
-        z = _logits(hidden, jax.lax.dynamic_slice_in_dim(head, start, chunk), soft_cap) / temperature
-        z = jnp.where(jnp.arange(chunk)[None] >= skip, z, -jnp.inf)
+        start, done = piece
+        z = _logits(hidden, lax.dynamic_slice_in_dim(head, start, chunk), soft_cap) / temperature
+        if vocabulary % chunk:
+            z = jnp.where(jnp.arange(chunk)[None] >= done, z, LOWEST)
         new_peak = jnp.maximum(peak, z.max(axis=1))
-        shrink, e = jnp.exp(peak - new_peak), jnp.exp(z - new_peak[:, None])
-        total = total * shrink + e.sum(axis=1)
-        weighted = weighted * shrink + jnp.where(e > 0, e * z, 0.0).sum(axis=1)
+        below = z - new_peak[:, None]
+        e, fall = jnp.exp(below), peak - new_peak
+        weighted = jnp.exp(fall) * (weighted + fall * total) + (e * below).sum(axis=1)
+        total = jnp.exp(fall) * total + e.sum(axis=1)
         return (new_peak, total, weighted), None
 
-    rows = hidden.shape[0]
-    carry = (jnp.full((rows,), -jnp.inf), jnp.zeros((rows,)), jnp.zeros((rows,)))
-    (peak, total, weighted), _ = jax.lax.scan(step, carry, _slices(head, chunk))
+    carry = (jnp.full((rows,), LOWEST), jnp.zeros((rows,)), jnp.zeros((rows,)))
+    (peak, total, weighted), _ = lax.scan(step, carry, slices(vocabulary, chunk))
     lse = peak + jnp.log(total)
     target = jnp.einsum("md,md->m", hidden, head[targets], preferred_element_type=jnp.float32)
-    target = _capped(target, soft_cap) / temperature
-    entropy = lse - weighted / total
-    return (target - lse, entropy), (hidden, head, targets, temperature, lse, entropy)
+    return _capped(target, soft_cap) / temperature - lse, jnp.log(total) - weighted / total, lse
 
 
-def _backward(chunk, soft_cap, residuals, cotangents):
-    hidden, head, targets, temperature, lse, entropy = residuals
-    d_logp, d_entropy = (c[:, None] for c in cotangents)
+def linear_logprob_backward(hidden, head, targets, temperature, results, cotangents, chunk, soft_cap, *, frozen):
+    """Gradients of hidden and head, the latter None if the head is `frozen`."""
+    _, entropy, lse = (x[:, None] for x in results)
+    d_logp, d_entropy, d_lse = (x[:, None] for x in cotangents)
+    chunk = columns_held(chunk, hidden.shape[0], head.shape[0])
+
+    def gradient(start, rows):
+        z = _logits(hidden, rows, soft_cap)
+        logps = z / temperature - lse
+        hit = start + jnp.arange(chunk)[None] == targets[:, None]
+        d_z = jnp.exp(logps) * (d_lse - d_logp - d_entropy * (logps + entropy)) + jnp.where(hit, d_logp, 0.0)
+        if soft_cap is not None:
+            d_z *= 1.0 - (z / soft_cap) ** 2
+        return (d_z / temperature).astype(hidden.dtype)
+
+    return gradients(gradient, hidden, head, chunk, frozen=frozen)
+
+
+def gradients(gradient, hidden, head, chunk, *, frozen):
+    """Gradients of hidden and head from `gradient(start, rows)`, that of the logits `[M, chunk]` of one slice."""
+    vocabulary = head.shape[0]
 
     def step(carry, piece):
         d_hidden, d_head = carry
-        start, skip = piece
-        rows = jax.lax.dynamic_slice_in_dim(head, start, chunk)
-        column = jnp.arange(chunk)[None]
-        z = _logits(hidden, rows, soft_cap)
-        logps = z / temperature - lse[:, None]
-        p = jnp.exp(logps)
-        hit = (start + column == targets[:, None]).astype(jnp.float32)
-        d_z = d_logp * (hit - p) - d_entropy * p * (logps + entropy[:, None])
-        d_z = jnp.where(column >= skip, d_z, 0.0) / temperature
-        if soft_cap is not None:
-            d_z *= 1.0 - (z / soft_cap) ** 2
-        d_z = d_z.astype(hidden.dtype)
+        start, done = piece
+        rows = lax.dynamic_slice_in_dim(head, start, chunk)
+        d_z = gradient(start, rows)
+        if not frozen:
+            d_rows = jnp.einsum("mv,md->vd", d_z, hidden, preferred_element_type=head.dtype)
+            d_head = lax.dynamic_update_slice_in_dim(d_head, d_rows, start, axis=0)
+        if vocabulary % chunk:
+            rows = jnp.where(jnp.arange(chunk)[:, None] >= done, rows, 0)
         d_hidden += jnp.einsum("mv,vd->md", d_z, rows, preferred_element_type=jnp.float32)
-        d_rows = jnp.einsum("mv,md->vd", d_z, hidden, preferred_element_type=jnp.float32)
-        old = jax.lax.dynamic_slice_in_dim(d_head, start, chunk)
-        return (d_hidden, jax.lax.dynamic_update_slice_in_dim(d_head, old + d_rows, start, axis=0)), None
+        return (d_hidden, d_head), None
 
-    carry = (jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(head.shape, jnp.float32))
-    (d_hidden, d_head), _ = jax.lax.scan(step, carry, _slices(head, chunk))
-    return d_hidden.astype(hidden.dtype), d_head.astype(head.dtype), None, jnp.zeros_like(temperature)
-
-
-linear_logprob_chunked.defvjp(_forward, _backward)
+    carry = jnp.zeros(hidden.shape, jnp.float32), None if frozen else jnp.zeros_like(head)
+    (d_hidden, d_head), _ = lax.scan(step, carry, slices(vocabulary, chunk))
+    return d_hidden.astype(hidden.dtype), d_head

@@ -1,7 +1,7 @@
 """Root-mean-square normalisation, with the addition to the residual stream before it."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import jax
 from jaxtyping import Array, Float
@@ -19,6 +19,20 @@ class Normed(NamedTuple):
     h: Float[Array, "*M D"]  # x + residual
 
 
+@overload
+def rms_norm(
+    x: Array,
+    scale: Array,
+    residual: None = None,
+    *,
+    eps: float = ...,
+    offset: float = ...,
+    implementation: str | None = ...,
+) -> Array: ...
+@overload
+def rms_norm(
+    x: Array, scale: Array, residual: Array, *, eps: float = ..., offset: float = ..., implementation: str | None = ...
+) -> Normed: ...
 def rms_norm(
     x: Float[Array, "*M D"],
     scale: Float[Array, "D"],

@@ -2,59 +2,12 @@
 
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from rapidfire_jax.algorithms.masking import wide
+from pallas_kernels import gae
 
 type Scaling = Literal["std", "none"]
-
-
-def gae(
-    r_t: Float[Array, "B T"],
-    v_t: Float[Array, "B T"],
-    mask_t: Bool[Array, "B T"],
-    gamma: Float[Array, ""] | float,
-    lam: Float[Array, ""] | float,
-    next_v: Float[Array, "B"] | None = None,
-) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """Generalised advantage estimation.
-
-        delta_t = r_t + gamma v_{t+1} - v_t
-        adv_t = delta_t + gamma lam adv_{t+1}
-
-    where t+1 is the next position with `mask_t` True. After the last one `adv` is 0 and `v` is `next_v`.
-
-    Args:
-      r_t: reward received for token t.
-      v_t: critic's value of the state before token t.
-      mask_t: True on the tokens of the response; whatever stands at other positions has no effect.
-      gamma, lam: discount and trace decay, in [0, 1].
-      next_v: value of the state after the last token: 0 for a response that ended, the critic's estimate to bootstrap
-        from for one that was cut off. None: 0 throughout.
-
-    Returns:
-      `(adv_t, return_t)`, float32 or wider, with `return_t = adv_t + v_t`; 0 where `mask_t` is False. No gradient is
-      stopped.
-
-    References:
-      Schulman et al., High-Dimensional Continuous Control Using Generalized Advantage Estimation, 2015, eq. 16.
-    """
-    dtype = wide(r_t.dtype, v_t.dtype)
-
-    def step(carry, inputs):
-        next_adv, after = carry
-        r, v, mask = inputs
-        adv = r + gamma * after - v + gamma * lam * next_adv
-        return (jnp.where(mask, adv, next_adv), jnp.where(mask, v, after)), adv
-
-    zeros = jnp.zeros(r_t.shape[0], dtype)
-    time_first = (r_t.T.astype(dtype), v_t.T.astype(dtype), mask_t.T)
-    carry = (zeros, zeros if next_v is None else next_v.astype(dtype))
-    _, adv_t = jax.lax.scan(step, carry, time_first, reverse=True)
-    adv_t = jnp.where(mask_t, adv_t.T, 0.0)
-    return adv_t, jnp.where(mask_t, adv_t + v_t.astype(dtype), 0.0)
 
 
 def discounted_returns(

@@ -19,7 +19,7 @@ An algorithm is an `OnlineAlgorithm`: how rewards become advantages, and the los
 
 import dataclasses
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ import optax
 from annotated_types import Ge, Gt
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels import ppo_loss as fused_loss
 from rapidfire_jax.algorithms.kl import KLEstimator, adapt_kl_coef, kl_estimate
 from rapidfire_jax.algorithms.masking import (
     Aggregation,
@@ -39,7 +40,7 @@ from rapidfire_jax.algorithms.masking import (
     masked_sum,
 )
 from rapidfire_jax.algorithms.reward_shaping import Normalization, RunningStats
-from rapidfire_jax.algorithms.surrogate import RatioLevel, log_ratios, outside_clip, policy_loss
+from rapidfire_jax.algorithms.surrogate import Number, RatioLevel, log_ratios, outside_clip, policy_loss, value_loss
 from rapidfire_jax.algorithms.train_state import TrainState, gradient_step
 
 ELSEWHERE = {"section": "elsewhere"}  # metadata of fields that a run's configuration sets in another section
@@ -134,13 +135,73 @@ class OnlineAlgorithm:
     online: ClassVar[bool] = True
 
 
-def surrogate_loss(
-    outputs: Any, batch: Any, hparams: OnlineHParams, config: OnlineConfig, level: RatioLevel = "token"
-) -> tuple[Float[Array, ""], Float[Array, ""], PartialMetrics]:
-    """Policy loss - entropy_coef x entropy (+ kl_coef x KL if `kl_in` is "loss"), as `(sum, count, metrics)`.
+class Critic(NamedTuple):
+    """The value term of a loss: see `rapidfire_jax.algorithms.surrogate.value_loss`."""
 
-    Gradients flow to `outputs.logp_t` and `outputs.entropy_t` and vanish where `batch.mask_t` is False.
+    v_t: Float[Array, "B T"]
+    old_v_t: Float[Array, "B T"]
+    return_t: Float[Array, "B T"]
+    clip_range: Number | None
+    coef: Number
+
+
+def surrogate_loss(
+    outputs: Any,
+    batch: Any,
+    hparams: OnlineHParams,
+    config: OnlineConfig,
+    level: RatioLevel = "token",
+    critic: Critic | None = None,
+) -> tuple[Float[Array, ""], Float[Array, ""], PartialMetrics]:
+    """Policy loss - entropy_coef x entropy (+ coef x value loss) (+ kl_coef x KL if `kl_in` is "loss").
+
+    As `(sum, count, metrics)`. Gradients flow to `outputs.logp_t`, `outputs.entropy_t` and `critic.v_t` and vanish
+    where `batch.mask_t` is False. Where every token counts alike, all terms and their gradients are one pass over them.
     """
+    ref_logp_t = batch.ref_logp_t if config.kl_in == "loss" else None
+    terms = _by_token if level == "token" and config.aggregation == "token" else _by_sequence
+    return terms(outputs, batch, hparams, config, level, critic, ref_logp_t)
+
+
+def _by_token(outputs, batch, hparams, config, level, critic, ref_logp_t):
+    high = hparams.clip_range if hparams.clip_range_high is None else hparams.clip_range_high
+    of_critic = {}
+    if critic is not None:
+        of_critic = {"old_v_t": critic.old_v_t, "return_t": critic.return_t, "value_clip": critic.clip_range}
+        of_critic["value_coef"] = critic.coef
+    loss = fused_loss(
+        outputs.logp_t,
+        outputs.entropy_t,
+        None if critic is None else critic.v_t,
+        mask_t=batch.mask_t,
+        old_logp_t=batch.old_logp_t,
+        adv_t=batch.adv_t,
+        clip_low=hparams.clip_range,
+        clip_high=high,
+        dual_clip=hparams.dual_clip,
+        importance_t=batch.importance_t,
+        entropy_coef=hparams.entropy_coef,
+        ref_logp_t=ref_logp_t,
+        kl_coef=hparams.kl_coef,
+        kl_estimator=config.kl_estimator,
+        **of_critic,
+    )
+    metrics: PartialMetrics = {
+        "loss/policy": Mean(loss.policy, loss.count),
+        "policy/entropy": Mean(loss.entropy, loss.count),
+        "policy/approx_kl": Mean(loss.approx_kl, loss.count),
+        "policy/clip_fraction": Mean(loss.clipped, loss.count),
+        "policy/log_ratio": Mean(loss.log_ratio, loss.count),
+        "policy/ratio_max_deviation": Peak(loss.ratio_deviation),
+    }
+    if critic is not None:
+        metrics["loss/value"] = Mean(loss.value, loss.count)
+    if ref_logp_t is not None:
+        metrics["loss/kl"] = Mean(loss.kl, loss.count)
+    return loss.total, loss.count, metrics
+
+
+def _by_sequence(outputs, batch, hparams, config, level, critic, ref_logp_t):
     mask_t, logp_t = batch.mask_t, outputs.logp_t
     total, count = policy_loss(
         logp_t,
@@ -157,8 +218,14 @@ def surrogate_loss(
     metrics: PartialMetrics = {"loss/policy": Mean(total, count)}
     entropy, _ = aggregate(outputs.entropy_t, mask_t, config.aggregation)
     total = total - hparams.entropy_coef * entropy
-    if config.kl_in == "loss" and batch.ref_logp_t is not None:
-        difference = jnp.where(mask_t, logp_t - jax.lax.stop_gradient(batch.ref_logp_t), 0.0)
+    if critic is not None:
+        value, _ = value_loss(
+            critic.v_t, critic.old_v_t, critic.return_t, mask_t, critic.clip_range, aggregation=config.aggregation
+        )
+        total = total + critic.coef * value
+        metrics["loss/value"] = Mean(value, count)
+    if ref_logp_t is not None:
+        difference = jnp.where(mask_t, logp_t - jax.lax.stop_gradient(ref_logp_t), 0.0)
         kl_t = kl_estimate(difference, jnp.zeros_like(difference), config.kl_estimator)
         kl, _ = aggregate(kl_t, mask_t, config.aggregation)
         total = total + hparams.kl_coef * kl
@@ -171,18 +238,14 @@ def surrogate_loss(
         hparams.clip_range,
         hparams.clip_range_high,
     )
-    return (
-        total,
-        count,
-        metrics
-        | {
-            "policy/entropy": Mean(*masked_sum(outputs.entropy_t, mask_t)),
-            "policy/approx_kl": Mean(*masked_sum(jnp.expm1(log_ratio) - log_ratio, mask_t)),
-            "policy/clip_fraction": Mean(*masked_sum(outside, mask_t)),
-            "policy/log_ratio": Mean(*masked_sum(jnp.abs(log_ratio), mask_t)),
-            "policy/ratio_max_deviation": Peak(jnp.max(jnp.abs(ratio - 1.0))),
-        },
-    )
+    metrics |= {
+        "policy/entropy": Mean(*masked_sum(outputs.entropy_t, mask_t)),
+        "policy/approx_kl": Mean(*masked_sum(jnp.expm1(log_ratio) - log_ratio, mask_t)),
+        "policy/clip_fraction": Mean(*masked_sum(outside, mask_t)),
+        "policy/log_ratio": Mean(*masked_sum(jnp.abs(log_ratio), mask_t)),
+        "policy/ratio_max_deviation": Peak(jnp.max(jnp.abs(ratio - 1.0))),
+    }
+    return total, count, metrics
 
 
 def policy_batch(rollouts: Rollouts, inputs: Any, adv_t: Float[Array, "B T"], config: OnlineConfig) -> PolicyBatch:

@@ -24,7 +24,6 @@ from rapidfire_jax.algorithms import online, trl_parity
 from rapidfire_jax.algorithms.advantages import gae
 from rapidfire_jax.algorithms.binding import bind
 from rapidfire_jax.algorithms.masking import (
-    Mean,
     Metrics,
     PartialMetrics,
     finish,
@@ -32,9 +31,8 @@ from rapidfire_jax.algorithms.masking import (
     masked_variance,
     whiten,
 )
-from rapidfire_jax.algorithms.online import ELSEWHERE, NonNegative, Positive, Rollouts, surrogate_loss
+from rapidfire_jax.algorithms.online import ELSEWHERE, Critic, NonNegative, Positive, Rollouts, surrogate_loss
 from rapidfire_jax.algorithms.reward_shaping import RunningStats, init_stats, token_rewards
-from rapidfire_jax.algorithms.surrogate import value_loss
 
 Fraction = Annotated[float, Ge(0), Le(1)]
 
@@ -109,16 +107,8 @@ def _loss(
 ) -> tuple[Float[Array, ""], Float[Array, ""], PartialMetrics]:
     if config.compat == "trl":
         return trl_parity.loss(outputs, batch, hparams)
-    total, count, metrics = surrogate_loss(outputs, batch, hparams, config)
-    value, _ = value_loss(
-        outputs.v_t,
-        batch.old_v_t,
-        batch.return_t,
-        batch.mask_t,
-        hparams.value_clip_range,
-        aggregation=config.aggregation,
-    )
-    return total + hparams.value_coef * value, count, metrics | {"loss/value": Mean(value, count)}
+    critic = Critic(outputs.v_t, batch.old_v_t, batch.return_t, hparams.value_clip_range, hparams.value_coef)
+    return surrogate_loss(outputs, batch, hparams, config, critic=critic)
 
 
 def ppo_targets(

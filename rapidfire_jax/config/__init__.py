@@ -53,6 +53,7 @@ class RolloutConfig(Section):
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
     top_k: Annotated[int, Field(ge=0, description="0: off")] = 0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    min_p: Annotated[float, Field(ge=0.0, le=1.0, description="of the most likely token's probability")] = 0.0
     dtype: Literal["float32", "bfloat16"] | None = Field(default=None, description="of decoding; null: the model's")
     log_probs: Literal["reuse", "recompute"] = Field(
         default="recompute",
@@ -63,7 +64,7 @@ class RolloutConfig(Section):
 class OptimizerConfig(Section):
     """Optimiser and learning-rate schedule; the schedule counts iterations."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
+    name: Literal["adamw", "adamw_8bit", "sgd"] = "adamw"
     learning_rate: NonNegative = 1e-5
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup: Annotated[int, Field(ge=0)] = 0

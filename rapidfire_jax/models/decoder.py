@@ -16,8 +16,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rapidfire_jax.errors import InputError
 from rapidfire_jax.models.config import DecoderConfig
-from rapidfire_jax.models.layers import Block, View, make_norm
+from rapidfire_jax.models.layers import Block, Slots, View, make_norm
 from rapidfire_jax.models.rope import rotations
+
+UNLIMITED = 2**30  # a window that no sequence fills
 
 type Mask = Bool[Array, "B S"] | Int[Array, "B S"]
 
@@ -29,8 +31,8 @@ class KVCache:
 
     keys: tuple[Float[Array, "B C K H"], ...]
     values: tuple[Float[Array, "B C K H"], ...]
-    positions: Int[Array, "B C"]  # -1 where no real token stands
-    length: Int[Array, ""]  # slots written, the same for every row
+    starts: Int[Array, "B"]  # slot of a row's first real token
+    ends: Int[Array, "B"]  # slot after its last one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +149,7 @@ class Decoder(nnx.Module):
     def prefill(
         self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"], slots: int
     ) -> tuple[Float[Array, "B S D"], KVCache]:
-        """Like `hidden`, and a cache of `slots` >= S places a row whose first S hold these tokens."""
+        """Like `hidden` for left-padded tokens, and a cache of `slots` >= S places a row with these in the first S."""
         positions = count_positions(mask)
         room = slots - tokens.shape[1]
         keys: list[Array] = []
@@ -157,8 +159,9 @@ class Decoder(nnx.Module):
             x, pair = self._scan(first, stack, x, mask, positions, keep=lambda x, pair: pair)
             for layers, stacked in zip((keys, values), pair, strict=True):
                 layers.extend(jnp.pad(stacked, ((0, 0), (0, 0), (0, room), (0, 0), (0, 0))))
-        seen = jnp.pad(jnp.where(mask, positions, -1), ((0, 0), (0, room)), constant_values=-1)
-        return self.norm(x), KVCache(tuple(keys), tuple(values), seen, jnp.asarray(tokens.shape[1], jnp.int32))
+        ends = jnp.full((tokens.shape[0],), tokens.shape[1], jnp.int32)
+        starts = ends - mask.sum(axis=1, dtype=jnp.int32)
+        return self.norm(x), KVCache(tuple(keys), tuple(values), starts, ends)
 
     def layers(self) -> list[Block]:
         """The blocks one by one, for `decode`: sliced here once instead of in every step."""
@@ -178,18 +181,16 @@ class Decoder(nnx.Module):
         mask: Bool[Array, "B"],
         position: Int[Array, "B"],
     ) -> tuple[Float[Array, "B D"], KVCache]:
-        """Appends one token a row to the cache (`mask` False: padding that nothing will see); its hidden state."""
-        slot, position = cache.length, position[:, None]
-        seen = jnp.where(mask[:, None], position, -1)
-        seen = jax.lax.dynamic_update_slice_in_dim(cache.positions, seen, slot, axis=1)
-        views = self._views((seen >= 0)[:, None, :], position, seen)
-        x = self._embed(token[:, None], position)
+        """Adds one token to each row of the cache; its hidden state. Where `mask` is False, the row stays as it was."""
+        x = self._embed(token[:, None], position[:, None])
+        views = self._views(position[:, None])
         pairs = []
-        for i, (block, *pair) in enumerate(zip(layers, cache.keys, cache.values, strict=True)):
-            x, written = block(x, views[i in self.config.local_layers], cache=pair, slot=slot)
+        for i, (block, keys, values) in enumerate(zip(layers, cache.keys, cache.values, strict=True)):
+            view = views[i in self.config.local_layers]
+            x, written = block(x, view, slots=Slots(keys, values, cache.starts, cache.ends))
             pairs.append(written)
-        keys, values = zip(*pairs, strict=True)
-        return self.norm(x)[:, 0], KVCache(keys, values, seen, slot + 1)
+        all_keys, all_values = zip(*pairs, strict=True)
+        return self.norm(x)[:, 0], KVCache(all_keys, all_values, cache.starts, cache.ends + mask.astype(jnp.int32))
 
     def _embed(self, tokens: Int[Array, "B S"], positions: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         x = self.embedding[...][tokens].astype(self.compute_dtype)
@@ -203,24 +204,17 @@ class Decoder(nnx.Module):
         """Number of the first layer of each stack, and the stack."""
         return list(zip((0, stack_size(self.blocks)), self.stacks, strict=False))
 
-    def _views(
-        self, visible: Bool[Array, "B S C"], positions: Int[Array, "B S"], key_positions: Int[Array, "B C"]
-    ) -> tuple[View, View]:
-        """What global and local layers see, of what causality and segments leave visible."""
+    def _views(self, positions: Int[Array, "B S"]) -> tuple[View, View]:
+        """What global and local layers see."""
         config = self.config
         rotation = None if config.rope is None else rotations(config.rope, positions, config.head_dim)
-        if not config.local_layers:
-            return (View(visible, rotation),) * 2
-        assert config.sliding_window is not None
-        near = positions[:, :, None] - key_positions[:, None, :] < config.sliding_window
         local = rotation if config.local_rope is None else rotations(config.local_rope, positions, config.head_dim)
-        return View(visible, rotation), View(visible & near, local)
+        return View(rotation, None), View(local, config.sliding_window)
 
     def _scan(self, first: int, stack: Block, x, mask, positions, *, remat: bool = False, keep=None):
         """Runs a stack over the residual stream; returns it and what `keep(x, (keys, values))` takes of each layer."""
-        same = mask[:, :, None] == mask[:, None, :]
-        causal = jnp.tril(jnp.ones((1, x.shape[1], x.shape[1]), bool))
-        views = self._views(same & mask.astype(bool)[:, None, :] & causal, positions, positions)
+        segments = mask.astype(jnp.int32)
+        views = self._views(positions)
         is_local = [i in self.config.local_layers for i in range(first, first + stack_size(stack))]
         graphdef, layers = nnx.split(stack)
 
@@ -229,8 +223,11 @@ class Decoder(nnx.Module):
             if len(set(is_local)) == 1:
                 view = views[is_local[0]]
             else:
-                view = jax.tree.map(lambda far, near: jnp.where(local, near, far), *views)
-            x, pair = nnx.merge(graphdef, weights)(x, view)
+                far, near = (
+                    jax.tree.map(jnp.asarray, view._replace(window=view.window or UNLIMITED)) for view in views
+                )
+                view = jax.tree.map(lambda far, near: jnp.where(local, near, far), far, near)
+            x, pair = nnx.merge(graphdef, weights)(x, view, segments)
             return x, None if keep is None else keep(x, pair)
 
         return jax.lax.scan(jax.checkpoint(step) if remat else step, x, (layers, jnp.array(is_local)))

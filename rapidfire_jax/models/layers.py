@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels import rms_norm
+from pallas_kernels.decode_attention.api import decode_attention
+from pallas_kernels.flash_attention.api import flash_attention
 from rapidfire_jax.models.config import DecoderConfig
 from rapidfire_jax.models.rope import rotate
 
@@ -32,8 +34,17 @@ ACTIVATION: dict[str, Callable[[Array], Array]] = {
 class View(NamedTuple):
     """What the layers of one kind, local or global, see."""
 
-    mask: Bool[Array, "B S C"]
     rotation: tuple[Float[Array, "B S half"], Float[Array, "B S half"]] | None  # cosines and sines
+    window: Int[Array, ""] | int | None  # tokens that a token sees, itself included; None: all before it
+
+
+class Slots(NamedTuple):
+    """Keys and values of one layer, and where in them each row's sequence stands."""
+
+    keys: Float[Array, "B C K H"]
+    values: Float[Array, "B C K H"]
+    starts: Int[Array, "B"]  # slot of the first token
+    ends: Int[Array, "B"]  # slot after the last one, where the next is written
 
 
 class Linear(nnx.Module):
@@ -108,32 +119,6 @@ def make_norm(config: DecoderConfig, *, dtype: DTypeLike) -> RMSNorm | LayerNorm
     return RMSNorm(config.hidden_size, config.norm_eps, config.norm_offset, dtype=dtype)
 
 
-def attend(
-    q: Float[Array, "B S N H"],
-    k: Float[Array, "B C K H"],
-    v: Float[Array, "B C K H"],
-    mask: Bool[Array, "B S C"],
-    *,
-    scale: float | None = None,
-    soft_cap: float | None = None,
-) -> Float[Array, "B S N H"]:
-    """Grouped-query attention with a float32 softmax. A query that may see no key gets a finite, meaningless row.
-
-    Args:
-      scale: of the scores; `H ** -0.5` by default.
-      soft_cap: bounds the scores by `soft_cap * tanh(scores / soft_cap)` before the mask (Gemma 2).
-    """
-    B, S, N, H = q.shape
-    grouped = q.reshape(B, S, k.shape[2], N // k.shape[2], H)
-    scores = jnp.einsum("bskgh,bckh->bkgsc", grouped, k, preferred_element_type=jnp.float32)
-    scores *= H**-0.5 if scale is None else scale
-    if soft_cap is not None:
-        scores = jnp.tanh(scores / soft_cap) * soft_cap
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgsc,bckh->bskgh", weights, v).reshape(B, S, N, H)
-
-
 class Block(nnx.Module):
     """One layer: attention and MLP, each behind a norm and added to the residual stream."""
 
@@ -157,12 +142,13 @@ class Block(nnx.Module):
         self.down_proj = linear(F, D, bias=config.mlp_bias)
         self.mlp_post_norm = norm() if config.post_norms else None
 
-    def __call__(self, x, view: View, *, cache=None, slot=None):
-        """Returns the new residual stream and this layer's keys and values (those of the whole cache, if given).
+    def __call__(self, x, view: View, segments: Int[Array, "B S"] | None = None, slots: Slots | None = None):
+        """Returns the new residual stream and this layer's keys and values.
 
-        `cache` is a pair `[B, C, K, H]`; the S tokens of `x` are written to it from `slot` on.
+        Either `segments` say which tokens of `x` see each other, or `x` is one token a row that is added to `slots`;
+        then keys and values are those of all slots.
         """
-        attended, pair = self._attention(self.attention_norm(x), view, cache, slot)
+        attended, pair = self._attention(self.attention_norm(x), view, segments, slots)
         if self.attention_post_norm is not None:
             attended = self.attention_post_norm(attended)
         if self.config.parallel:
@@ -171,19 +157,24 @@ class Block(nnx.Module):
         update = self._mlp(normed)
         return x + (update if self.mlp_post_norm is None else self.mlp_post_norm(update)), pair
 
-    def _attention(self, x, view: View, cache, slot):
+    def _attention(self, x, view: View, segments, slots: Slots | None):
         B, S, _ = x.shape
         q, k, v = (proj(x).reshape(B, S, -1, self.config.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if view.rotation is not None:
             q, k = rotate(q, *view.rotation), rotate(k, *view.rotation)
-        if cache is not None:
-            k, v = (
-                jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis=1)
-                for old, new in zip(cache, (k, v), strict=True)
-            )
-        mixed = attend(q, k, v, view.mask, scale=self.config.attention_scale, soft_cap=self.config.attention_soft_cap)
+        scale, soft_cap = self.config.attention_scale, self.config.attention_soft_cap
+        if slots is None:
+            mixed = flash_attention(q, k, v, segments=segments, window=view.window, scale=scale, soft_cap=soft_cap).out
+        else:
+            rows = jnp.arange(B)
+            k = slots.keys.at[rows, slots.ends].set(k[:, 0])
+            v = slots.values.at[rows, slots.ends].set(v[:, 0])
+            ends, starts = slots.ends + 1, slots.starts
+            if view.window is not None:
+                starts = jnp.maximum(starts, ends - view.window)
+            mixed = decode_attention(q[:, 0], k, v, ends, starts=starts, scale=scale, soft_cap=soft_cap)
         return self.o_proj(mixed.reshape(B, S, -1)), (k, v)
 
     def _mlp(self, x):

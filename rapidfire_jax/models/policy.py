@@ -188,4 +188,5 @@ def _log_probs(
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Log-probability and entropy of the response tokens from the hidden states before them."""
     targets = inputs.tokens[:, -hidden.shape[1] :]
-    return linear_logprob(hidden, model.head, targets, temperature=temperature, soft_cap=model.config.logit_soft_cap)
+    found = linear_logprob(hidden, model.head, targets, temperature=temperature, soft_cap=model.config.logit_soft_cap)
+    return found.logp, found.entropy

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rapidfire_jax.rollout.sampling import draw
+from pallas_kernels import sample
 
 if TYPE_CHECKING:
     from rapidfire_jax.models.decoder import KVCache
@@ -23,6 +23,7 @@ class SamplingConfig:
     pad_id: int = 0  # stands after EOS; no result depends on it
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     greedy: bool = False
 
 
@@ -33,7 +34,7 @@ class Generation(NamedTuple):
     attention_mask: Bool[Array, "B S"]
     mask_t: Bool[Array, "B T"]  # True on response tokens up to and including EOS
     ended: Bool[Array, "B"]  # the response has an EOS
-    logp_t: Float[Array, "B T"]  # nats at the given temperature, before top-k and top-p; 0 after EOS
+    logp_t: Float[Array, "B T"]  # nats at the given temperature, of the whole distribution; 0 after EOS
     v_t: Float[Array, "B T"]  # critic's values; 0 after EOS and for a model without value head
 
 
@@ -78,8 +79,15 @@ def generate(
     def choose(loop: _Loop, hidden: Float[Array, "B D"]) -> _Loop:
         """Draws token t of the rows that are still running, from the hidden states before it."""
         key, now = jax.random.split(loop.key)
-        logits = model.logits(hidden).astype(jnp.float32) / temperature
-        token, logp = draw(now, logits, top_k=config.top_k, top_p=config.top_p, greedy=config.greedy)
+        token, logp = sample(
+            model.logits(hidden),
+            now,
+            temperature=temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            min_p=config.min_p,
+            greedy=config.greedy,
+        )
         token = jnp.where(loop.running, token, config.pad_id)
         value = model.value(hidden) if model.has_value_head else jnp.zeros((B,))
 

@@ -135,6 +135,7 @@ class OnlineJob:
             eos_ids=stop_ids(config.model.name, self.tokenizer),
             top_k=config.rollout.top_k,
             top_p=config.rollout.top_p,
+            min_p=config.rollout.min_p,
         )
         assert isinstance(trainee.model, Policy)
         self.policy = trainee.model

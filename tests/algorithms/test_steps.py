@@ -4,6 +4,7 @@ import dataclasses
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -284,3 +285,33 @@ def test_changing_a_number_of_an_offline_algorithm_compiles_nothing_and_has_an_e
 
 def test_every_task_is_tested_here():
     assert set(tasks()) == {*ONLINE, *OFFLINE}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adamw_8bit_follows_adamw_with_a_quarter_of_its_state(dtype):
+    params = {"a": jax.random.normal(jax.random.key(0), (64, 48)).astype(dtype), "b": jnp.ones((300,), dtype)}
+    target = {"a": jnp.zeros((64, 48)), "b": jnp.linspace(-1.0, 1.0, 300)}
+
+    def loss(params):
+        return sum(jnp.mean((params[k].astype(jnp.float32) - target[k]) ** 2) for k in params)
+
+    ends = {}
+    for name in ("adamw", "adamw_8bit"):
+        optimizer = make_optimizer(name, max_grad_norm=1.0, weight_decay=0.01)
+        now, state = params, optimizer.init(params)
+
+        @jax.jit
+        def step(now, state, optimizer=optimizer):
+            updates, state = optimizer.update(jax.grad(loss)(now), state, now, learning_rate=0.01)
+            return optax.apply_updates(now, jax.tree.map(lambda u, p: u.astype(p.dtype), updates, now)), state
+
+        with jax.numpy_dtype_promotion("standard"):  # optax needs it
+            for _ in range(100):
+                now, state = step(now, state)
+        ends[name] = float(loss(now)), sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    assert ends["adamw_8bit"][0] < 0.5 * float(loss(params))
+    if dtype == "bfloat16":  # where AdamW's steps, rounded to nearest, are lost as the parameters are near their ends
+        assert ends["adamw_8bit"][0] < ends["adamw"][0]
+    else:
+        assert ends["adamw_8bit"][0] == pytest.approx(ends["adamw"][0], rel=0.1)
+        assert ends["adamw_8bit"][1] < ends["adamw"][1] / 3.7

@@ -1,0 +1,1 @@
+"""Attention whose scores never leave the chip: causal, windowed, packed, grouped, soft-capped."""

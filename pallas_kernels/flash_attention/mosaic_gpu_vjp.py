@@ -1,0 +1,371 @@
+"""Backward kernels of `flash_attention`: the probabilities once more from lse, never all of them.
+
+With z = s log2(e), p = 2^(z - lse log2(e)) and delta = sum over the row of out * dout, minus the gradient of lse,
+
+    ds = p (dout V^T - delta)  (times 1 - tanh^2 under a soft cap)
+    dq = scale ds K            dk = scale ds^T q          dv = p^T dout
+
+One kernel keeps a tile of queries and streams keys and values; the other keeps a tile of keys, transposed scores, and
+streams the queries of all heads that share it, so that a group's sum never leaves the registers.
+"""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import tiles
+from pallas_kernels.flash_attention import visibility
+from pallas_kernels.flash_attention.mosaic_gpu import (
+    COMPUTE_REGISTERS,
+    LOG2E,
+    MEMORY_REGISTERS,
+    ROWS,
+    WARPGROUPS,
+    ring,
+    row_of,
+    tanh,
+)
+from pallas_kernels.hopper import CORES
+from pallas_kernels.tuning import choice, config_for
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How the work of one kernel is cut."""
+
+    block: int = choice(64, 128)  # keys, or queries, of a streamed tile
+    slots: int = choice(1, 2, 3, 4)  # of the ring
+
+
+def heuristic_dq(head_dim: int) -> Config:
+    """What registers and shared memory hold beside the tiles that stay."""
+    return Config(block=128 if head_dim == 64 else 64, slots=1 if head_dim == 256 else 2)
+
+
+def heuristic_dkv(head_dim: int) -> Config:
+    """What registers and shared memory hold beside the tiles that stay."""
+    return Config(block=128 if head_dim == 64 else 64, slots=2)
+
+
+def flash_attention_backward(q, k, v, out, lse, dout, dlse, seen: visibility.Visibility, causal, scale, soft_cap):
+    """Gradients of `q`, `k` and `v`; `lse` and `dlse` are [B, N, padded S]."""
+    delta = jnp.einsum("bsnh,bsnh->bns", out, dout, preferred_element_type=jnp.float32)
+    delta = jnp.pad(delta, ((0, 0), (0, 0), (0, lse.shape[2] - delta.shape[2]))) - dlse
+    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E)  # a query that sees no key has p = 0
+    args = q, k, v, dout, lse, delta, seen, causal, scale, soft_cap
+    return _dq(*args), *_dkv(*args)
+
+
+def _probabilities(products, lse, hide, scale, soft_cap):
+    """`(p, derivative of the cap or None)` from products of queries and keys."""
+    if soft_cap is None:
+        return jnp.exp2(hide(products) * (scale * LOG2E) - lse), None
+    t = tanh(products * (scale / soft_cap))
+    return jnp.exp2(hide(t) * (soft_cap * LOG2E) - lse), 1 - t * t
+
+
+def _dq(q, k, v, dout, lse, delta, seen, causal, scale, soft_cap):
+    B, S, N, H = q.shape
+    C, K = k.shape[1:3]
+    key = {"b": B, "s": S, "n": N, "c": C, "k": K, "h": H, "dtype": q.dtype, "causal": causal}
+    config = config_for("flash_attention_backward_dq", heuristic_dq(H), **key)
+    block, slots = config.block, config.slots
+    rows = WARPGROUPS * ROWS
+    query_tiles = pl.cdiv(S, rows)
+    ranges, _ = visibility.tile_ranges(seen, causal, rows, block)
+
+    def body(*refs):
+        q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, ranges_ref, window_ref, queries_ref, keys_ref, dq_ref = refs[:11]
+        resident, full, empty, k_ring, v_ring, stage = refs[11:]
+        warpgroup = lax.axis_index("warpgroup")
+
+        def items(visit):
+            @plgpu.nd_loop((query_tiles, B, N), collective_axes="core", init_carry=jnp.int32(0))
+            def steps(loop, carry):
+                tile, batch, head = loop.index
+                tile = query_tiles - 1 - tile
+                bounds = [ranges_ref[row_of(ranges_ref, batch), tile, i] for i in range(4)]
+                visit(loop.local_index, carry, tile * rows, batch, head, bounds)
+                return carry + bounds[1] - bounds[0]
+
+            return steps
+
+        @pl.when(warpgroup == WARPGROUPS)
+        def _memory():
+            plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
+
+            def visit(item, step, query, batch, head, bounds):
+                for w in range(WARPGROUPS):
+                    pl.when(item > 0)(lambda w=w: plgpu.barrier_wait(empty.at[w]))
+                    at = pl.ds(query + w * ROWS, ROWS)
+                    sources = (
+                        q_ref.at[batch, at, head],
+                        dout_ref.at[batch, at, head],
+                        lse_ref.at[batch, head, at],
+                        delta_ref.at[batch, head, at],
+                        queries_ref.at[row_of(queries_ref, batch), :, at],
+                    )
+                    for source, target in zip(sources, resident, strict=True):
+                        plgpu.copy_gmem_to_smem(source, target.at[w], full.at[w])
+
+                @pl.loop(bounds[0], bounds[1])
+                def _(i):
+                    at, keys, kv_head = step + i - bounds[0], pl.ds(i * block, block), lax.div(head, N // K)
+                    k_ring.fill(at, k_ref.at[batch, keys, kv_head], keys_ref.at[row_of(keys_ref, batch), :, keys])
+                    v_ring.fill(at, v_ref.at[batch, keys, kv_head])
+
+            steps = items(visit)
+            for w in range(WARPGROUPS):
+                plgpu.barrier_wait(empty.at[w])
+            k_ring.drain(steps)
+            v_ring.drain(steps)
+
+        @pl.when(warpgroup < WARPGROUPS)
+        def _compute():
+            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+            q_tile, _, lse_tile, delta_tile, _ = (tile.at[warpgroup] for tile in resident)
+            (k_tile, key_tile), (v_tile,) = k_ring.tiles, v_ring.tiles
+
+            def visit(item, step, query, batch, head, bounds):
+                start, stop, full_start, full_stop = bounds
+                plgpu.barrier_wait(full.at[warpgroup])
+                spread = lambda row: lax.broadcast_in_dim(row, (ROWS, block), (0,))
+                lse = plgpu.load(lse_tile, layout=plgpu.Layout.WGMMA.reduce(1))
+                delta = plgpu.load(delta_tile, layout=plgpu.Layout.WGMMA.reduce(1))
+
+                def accumulate(i, dq):
+                    slot = k_ring.slot(step + i - start)
+                    q_tile, dout_tile, _, _, query_tile = (tile.at[opaque(warpgroup, step + i)] for tile in resident)
+
+                    def masked(z):
+                        z = visibility.hide(z, causal, window_ref[0], query_tile, key_tile.at[slot], 0)
+                        plgpu.commit_smem()  # before the slot is filled again
+                        return z
+
+                    def hide(z):
+                        return lax.cond((full_start <= i) & (i < full_stop), lambda z: z, masked, z)
+
+                    def products(s, dp):
+                        plgpu.barrier_wait(k_ring.full.at[slot])
+                        plgpu.wgmma(s, q_tile, k_tile.at[slot].transpose((1, 0)))
+                        plgpu.barrier_wait(v_ring.full.at[slot])
+                        plgpu.wgmma(dp, dout_tile, v_tile.at[slot].transpose((1, 0)))
+                        s = plgpu.wgmma_accumulator_load(s, wait_n=1)
+                        return *_probabilities(s, spread(lse), hide, scale, soft_cap), dp[...]
+
+                    p, slope, dp = pl.run_scoped(products, *[plgpu.ACC((ROWS, block), jnp.float32)] * 2)
+                    plgpu.barrier_arrive(v_ring.empty.at[slot])
+                    ds = p * (dp - spread(delta))
+                    ds = ds if slope is None else ds * slope
+                    dq = tiles.accumulate(dq, ds.astype(q.dtype), k_tile.at[slot], _of(stage, warpgroup))
+                    plgpu.barrier_arrive(k_ring.empty.at[slot])
+                    return dq
+
+                zeros = plgpu.layout_cast(jnp.zeros((ROWS, H), jnp.float32), plgpu.Layout.WGMMA)
+                dq = lax.fori_loop(start, stop, accumulate, zeros)
+                q_tile[...] = (dq * scale).astype(q.dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(q_tile, dq_ref.at[batch, pl.ds(query + warpgroup * ROWS, ROWS), head])
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.barrier_arrive(empty.at[warpgroup])
+
+            items(visit)
+            plgpu.wait_smem_to_gmem(0)
+
+    q_tiles = tiles.tile((WARPGROUPS, ROWS, H), q.dtype)
+    k_tiles = tiles.tile((slots, block, H), q.dtype)
+    row_tiles = plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32)
+    resident = (q_tiles, q_tiles, row_tiles, row_tiles, plgpu.SMEM((WARPGROUPS, 2, ROWS), jnp.int32))
+    return plgpu.kernel(
+        body,
+        out_type=q,
+        grid=(min(CORES, query_tiles * B * N),),
+        grid_names=("core",),
+        num_threads=WARPGROUPS + 1,
+        thread_name="warpgroup",
+        scratch_types=[
+            resident,
+            plgpu.Barrier(num_arrivals=len(resident), num_barriers=WARPGROUPS),
+            plgpu.Barrier(num_barriers=WARPGROUPS),
+            ring(slots, k_tiles, plgpu.SMEM((slots, 2, block), jnp.int32)),
+            ring(slots, k_tiles),
+            tiles.staging((WARPGROUPS, ROWS, block), q.dtype),
+        ],
+        kernel_name="flash_attention_backward_dq",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(q, k, v, dout, lse, delta, ranges, seen.window, seen.queries, seen.keys)
+
+
+def _dkv(q, k, v, dout, lse, delta, seen, causal, scale, soft_cap):
+    B, S, N, H = q.shape
+    C, K = k.shape[1:3]
+    group = N // K
+    key = {"b": B, "s": S, "n": N, "c": C, "k": K, "h": H, "dtype": q.dtype, "causal": causal}
+    config = config_for("flash_attention_backward_dkv", heuristic_dkv(H), **key)
+    block, slots = config.block, config.slots
+    # Registers hold two accumulators up to a width of 128; beyond, one warpgroup takes dv and the other dk.
+    split = H > 128
+    parts = 1 if split else WARPGROUPS
+    rows = parts * ROWS
+    key_tiles = pl.cdiv(C, rows)
+    _, ranges = visibility.tile_ranges(seen, causal, block, rows)
+
+    def body(*refs):
+        q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, ranges_ref, window_ref, queries_ref, keys_ref = refs[:10]
+        dk_ref, dv_ref, resident, full, empty, done, q_ring, dout_ring, stage = refs[10:]
+        warpgroup = lax.axis_index("warpgroup")
+
+        def items(visit):
+            @plgpu.nd_loop((key_tiles, B, K), collective_axes="core", init_carry=jnp.int32(0))
+            def steps(loop, carry):
+                tile, batch, kv_head = loop.index
+                bounds = [ranges_ref[row_of(ranges_ref, batch), tile, i] for i in range(4)]
+                visit(loop.local_index, carry, tile * rows, batch, kv_head, bounds)
+                return carry + (bounds[1] - bounds[0]) * group
+
+            return steps
+
+        @pl.when(warpgroup == WARPGROUPS)
+        def _memory():
+            plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
+
+            def visit(item, step, key, batch, kv_head, bounds):
+                start, tiles = bounds[0], bounds[1] - bounds[0]
+                pl.when(item > 0)(lambda: plgpu.barrier_wait(empty))
+                for part in range(parts):
+                    at = pl.ds(key + part * ROWS, ROWS)
+                    sources = (
+                        k_ref.at[batch, at, kv_head],
+                        v_ref.at[batch, at, kv_head],
+                        keys_ref.at[row_of(keys_ref, batch), :, at],
+                    )
+                    for source, target in zip(sources, resident, strict=True):
+                        plgpu.copy_gmem_to_smem(source, target.at[part], full)
+
+                @pl.loop(0, tiles * group)
+                def _(i):
+                    head, at = kv_head * group + lax.div(i, tiles), pl.ds((start + lax.rem(i, tiles)) * block, block)
+                    queries = queries_ref.at[row_of(queries_ref, batch), :, at]
+                    q_ring.fill(step + i, q_ref.at[batch, at, head], lse_ref.at[batch, head, at], queries)
+                    dout_ring.fill(step + i, dout_ref.at[batch, at, head], delta_ref.at[batch, head, at])
+
+            steps = items(visit)
+            plgpu.barrier_wait(empty)
+            q_ring.drain(steps)
+            dout_ring.drain(steps)
+
+        def compute(wants_dk, wants_dv):
+            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+            part = 0 if split else warpgroup
+            (q_tile, lse_tile, query_tile), (dout_tile, delta_tile) = q_ring.tiles, dout_ring.tiles
+            spread = lambda row: lax.broadcast_in_dim(row, (ROWS, block), (1,))
+            along_queries = plgpu.Layout.WGMMA.reduce(0)
+
+            def visit(item, step, key, batch, kv_head, bounds):
+                start, stop, full_start, full_stop = bounds
+                plgpu.barrier_wait(full)
+
+                def accumulate(i, carry):
+                    dk, dv = carry
+                    slot, tile = q_ring.slot(step + i), start + lax.rem(i, stop - start)
+                    k_tile, v_tile, key_tile = (tile.at[opaque(part, step + i)] for tile in resident)
+                    hide = lambda z: lax.cond(
+                        (full_start <= tile) & (tile < full_stop),
+                        lambda z: z,
+                        lambda z: visibility.hide(z, causal, window_ref[0], query_tile.at[slot], key_tile, 1),
+                        z,
+                    )
+                    def products(s, *dp):
+                        plgpu.barrier_wait(q_ring.full.at[slot])
+                        plgpu.wgmma(s, k_tile, q_tile.at[slot].transpose((1, 0)))
+                        plgpu.barrier_wait(dout_ring.full.at[slot])
+                        if wants_dk:
+                            plgpu.wgmma(dp[0], v_tile, dout_tile.at[slot].transpose((1, 0)))
+                        s = plgpu.wgmma_accumulator_load(s, wait_n=int(wants_dk))
+                        lse = plgpu.load(lse_tile.at[slot], layout=along_queries)
+                        p, slope = _probabilities(s, spread(lse), hide, scale, soft_cap)
+                        return p, slope, dp[0][...] if wants_dk else None
+
+                    p, slope, dp = pl.run_scoped(products, *[plgpu.ACC((ROWS, block), jnp.float32)] * (1 + wants_dk))
+                    sums, factors, others = [], [], []
+                    if wants_dv:
+                        sums, factors, others = [dv], [p.astype(q.dtype)], [dout_tile.at[slot]]
+                    if wants_dk:
+                        delta = plgpu.load(delta_tile.at[slot], layout=along_queries)
+                        ds = p * (dp - spread(delta))
+                        ds = ds if slope is None else ds * slope
+                        sums, factors, others = [*sums, dk], [*factors, ds.astype(q.dtype)], [*others, q_tile.at[slot]]
+                    plgpu.commit_smem()  # before the slot is filled again
+                    sums = tiles.accumulate_each(sums, factors, others, _of(stage, warpgroup))
+                    plgpu.barrier_arrive(dout_ring.empty.at[slot])
+                    plgpu.barrier_arrive(q_ring.empty.at[slot])
+                    dv = sums.pop(0) if wants_dv else None
+                    dk = sums.pop(0) if wants_dk else None
+                    return dk, dv
+
+                zeros = plgpu.layout_cast(jnp.zeros((ROWS, H), jnp.float32), plgpu.Layout.WGMMA)
+                empties = zeros if wants_dk else None, zeros if wants_dv else None
+                dk, dv = lax.fori_loop(0, (stop - start) * group, accumulate, empties)
+                if split:
+                    plgpu.barrier_arrive(done)
+                    plgpu.barrier_wait(done)
+                k_tile, v_tile, _ = (tile.at[part] for tile in resident)
+                if wants_dk:
+                    k_tile[...] = (dk * scale).astype(q.dtype)
+                if wants_dv:
+                    v_tile[...] = dv.astype(q.dtype)
+                plgpu.commit_smem()
+                at = pl.ds(key + part * ROWS, ROWS)
+                if wants_dk:
+                    plgpu.copy_smem_to_gmem(k_tile, dk_ref.at[batch, at, kv_head])
+                if wants_dv:
+                    plgpu.copy_smem_to_gmem(v_tile, dv_ref.at[batch, at, kv_head])
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.barrier_arrive(empty)
+
+            items(visit)
+            plgpu.wait_smem_to_gmem(0)
+
+        if split:
+            pl.when(warpgroup == 0)(partial(compute, False, True))
+            pl.when(warpgroup == 1)(partial(compute, True, False))
+        else:
+            pl.when(warpgroup < WARPGROUPS)(partial(compute, True, True))
+
+    k_tiles = tiles.tile((parts, ROWS, H), q.dtype)
+    q_tiles = tiles.tile((slots, block, H), q.dtype)
+    row_tiles = plgpu.SMEM((slots, block), jnp.float32)
+    resident = (k_tiles, k_tiles, plgpu.SMEM((parts, 2, ROWS), jnp.int32))
+    return plgpu.kernel(
+        body,
+        out_type=[k, v],
+        grid=(min(CORES, key_tiles * B * K),),
+        grid_names=("core",),
+        num_threads=WARPGROUPS + 1,
+        thread_name="warpgroup",
+        scratch_types=[
+            resident,
+            plgpu.Barrier(num_arrivals=len(resident) * parts),
+            plgpu.Barrier(num_arrivals=WARPGROUPS),
+            plgpu.Barrier(num_arrivals=WARPGROUPS) if split else None,
+            ring(slots, q_tiles, row_tiles, plgpu.SMEM((slots, 2, block), jnp.int32)),
+            ring(slots, q_tiles, row_tiles),
+            tiles.staging((WARPGROUPS, ROWS, block), q.dtype),
+        ],
+        kernel_name="flash_attention_backward_dkv",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(q, k, v, dout, lse, delta, ranges, seen.window, seen.queries, seen.keys)
+
+
+def opaque(index, step):
+    """`index`, in a way that keeps the addresses derived from it inside the loop over `step >= 0` and out of registers."""
+    return jnp.where(step < 0, index + 1, index)
+
+
+def _of(stage, warpgroup):
+    return None if stage is None else stage.at[warpgroup]

@@ -1,0 +1,37 @@
+"""Plain truth for `flash_attention`, and what XLA runs where the kernel cannot."""
+
+import jax.numpy as jnp
+from jax import lax
+
+
+def flash_attention_reference(q, k, v, segments, kv_segments, window, causal, scale, soft_cap):
+    """`(out [B, S, N, H], lse [B, N, S])`; softmax in float32, queries that see no key get 0 and -inf."""
+    B, S, N, H = q.shape
+    C, K = k.shape[1:3]
+    grouped = q.reshape(B, S, K, N // K, H)
+    scores = jnp.einsum("bskgh,bckh->bkgsc", grouped, k, preferred_element_type=jnp.float32) * scale
+    if soft_cap is not None:
+        scores = jnp.tanh(scores / soft_cap) * soft_cap
+    scores = jnp.where(visible(S, C, segments, kv_segments, window, causal)[:, None, None], scores, -jnp.inf)
+    highest = lax.stop_gradient(scores.max(axis=-1, keepdims=True))
+    highest = jnp.where(jnp.isfinite(highest), highest, 0.0)
+    weights = jnp.exp(scores - highest)
+    total = weights.sum(axis=-1, keepdims=True)
+    sees = total > 0
+    total = jnp.where(sees, total, 1.0)
+    lse = jnp.where(sees, highest + jnp.log(total), -jnp.inf)
+    out = jnp.einsum("bkgsc,bckh->bskgh", (weights / total).astype(v.dtype), v)
+    return out.reshape(q.shape), lse.reshape(B, N, S)
+
+
+def visible(S, C, segments, kv_segments, window, causal):
+    """Which keys a query sees, bool [B or 1, S, C]."""
+    ahead = jnp.arange(S, dtype=jnp.int32)[:, None] - jnp.arange(C, dtype=jnp.int32)[None, :]
+    seen = jnp.ones((1, S, C), bool)
+    if causal:
+        seen &= (ahead >= 0)[None]
+    if window is not None:
+        seen &= (ahead < window)[None]
+    if segments is not None:
+        seen &= (segments[:, :, None] == kv_segments[:, None, :]) & (kv_segments != 0)[:, None, :]
+    return seen

@@ -1,0 +1,45 @@
+"""Calls of `flash_attention` in real models."""
+
+import jax.numpy as jnp
+
+from pallas_kernels.flash_attention import mosaic_gpu
+from pallas_kernels.flash_attention.api import flash_attention
+from pallas_kernels.shape_specs import BATCH, LENGTH, MODELS, Call, Cost, forward_and_backward, nbytes, shape
+
+LONG = 4096  # of one packed row
+
+
+def calls(model: str) -> list[Call]:
+    """Attention of a training step over padded sequences, and over one long packed row."""
+    return [
+        _call(f"padded, {model}", model, BATCH, LENGTH),
+        _call(f"packed, {model}", model, 1, LONG),
+    ]
+
+
+def _call(name: str, model: str, batch: int, length: int) -> Call:
+    sizes = MODELS[model]
+    H, group = sizes.head_dim, sizes.heads // sizes.kv_heads
+    q, k = shape(batch, length, sizes.heads, H), shape(batch, length, sizes.kv_heads, H)
+    segments = shape(batch, length, dtype=jnp.int32)
+    statistics = shape(batch, sizes.heads, length, dtype=jnp.float32)
+    product = batch * sizes.heads * length**2 * H  # one product of causal scores' size, two operations an element
+    queries, keys, rows = nbytes(q), nbytes(k), nbytes(statistics)
+    tile = mosaic_gpu.ROWS * mosaic_gpu.WARPGROUPS
+    passes = length / tile / 2  # how often a streamed array is read, half of it being masked
+    costs = {
+        "flash_attention_forward": Cost(
+            2 * product, 2 * queries + 2 * keys + rows, 2 * queries + 2 * keys * group * passes + rows
+        ),
+        "flash_attention_backward_dq": Cost(
+            3 * product, 3 * queries + 2 * keys + 2 * rows, 3 * queries + 2 * keys * group * passes + 2 * rows
+        ),
+        "flash_attention_backward_dkv": Cost(
+            4 * product, 2 * queries + 4 * keys + 2 * rows, (2 * queries + 2 * rows) * passes + 4 * keys
+        ),
+    }
+    return Call(name, forward_and_backward(_segmented, 0, 1, 2), (q, k, k, segments), costs)
+
+
+def _segmented(q, k, v, segments):
+    return flash_attention(q, k, v, segments=segments)

@@ -1,0 +1,1 @@
+"""Generalised advantage estimation over the positions where a mask is True."""

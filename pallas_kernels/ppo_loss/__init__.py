@@ -1,0 +1,1 @@
+"""The loss of proximal policy optimisation: policy, value, entropy and KL terms with their statistics and gradients."""

@@ -1,0 +1,1 @@
+"""Matrix product with weights of 8 or 4 bits."""

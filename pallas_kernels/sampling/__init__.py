@@ -1,0 +1,1 @@
+"""One token a row from logits, truncated or not, with its log-probability."""
