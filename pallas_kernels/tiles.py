@@ -71,18 +71,6 @@ def accumulate(acc: jax.Array, lhs: jax.Array, rhs, stage) -> jax.Array:
     return acc + product(stage, rhs)
 
 
-def accumulate_each(accs, lhs, rhs, stage) -> list[jax.Array]:
-    """`acc + lhs @ rhs` for each of several, with all products in flight at once; arguments as of `accumulate`."""
-    if is_simulated():
-        return [accumulate(*each, stage) for each in zip(accs, lhs, rhs, strict=True)]
-
-    def compute(refs):
-        for each in zip(refs, lhs, rhs, strict=True):
-            plgpu.wgmma(*each)
-
-    return list(pl.run_state(compute)(tuple(map(plgpu.ACC.init, accs))))
-
-
 def lookup(table, index: jax.Array) -> jax.Array:
     """`table[index]` of a table in shared memory and an `index [64]` in registers, laid out as rows of a product.
 

@@ -50,8 +50,8 @@ def adamw_8bit(
     in float32; the update sees the new moments before they are rounded. Blocks are runs of 256 elements in row-major
     order, the last one as long as what is left, and do not see each other. Under `shard_map`, pieces of an array cut
     along its first axis, of a multiple of 256 elements each, have the blocks of the whole, and scales are cut like it;
-    only the random bits differ, and pieces that are given the same key share them. In a jitted function whose parameter
-    and moments are donated the kernel writes in place.
+    only the random bits differ, and pieces that are given the same key share them. The kernel writes in place where
+    parameter and moments are donated and nothing else reads them, outside `shard_map` or with its `check_vma=False`.
 
     A gradient that is not finite, or whose square is not, leaves its element and, from the next step on, its block
     without finite values; other blocks never notice.

@@ -1,6 +1,7 @@
 """Kernel of `adamw_8bit`: a warp holds a block's 256 elements in registers, so that a scale is a reduction of one warp.
 
-Parameter and moments are read once and written in place; the arithmetic is that of `reference.update_blocks`.
+Parameter and moments are read once and written in place; the arithmetic is that of `reference.update_blocks`. Inside a
+`shard_map` that checks what varies, where jax has no references, they are written to new arrays instead.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import hopper
 from pallas_kernels.adamw_8bit.reference import BLOCK, Moments, Numbers, update_blocks
 from pallas_kernels.tuning import choice, config_for
 
@@ -42,8 +44,6 @@ def reasons(param, grad, moments, numbers, seed, stochastic) -> list[str]:
     ]
     if param.size == 0 or param.size % (WARPS * BLOCK):
         found.append(f"{param.size} elements; accepted: multiples of {WARPS * BLOCK}")
-    if any(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves((param, grad, moments))):
-        found.append("shard_map with check_vma=True has no references to write to; accepted: check_vma=False")
     return found
 
 
@@ -53,22 +53,27 @@ def adamw_8bit_step(param, grad, moments, numbers, seed, stochastic):
     key = {"rows": n_rows, "param": param.dtype, "grad": grad.dtype}
     rows = math.gcd(n_rows, config_for("adamw_8bit_step", heuristic(), **key).rows)
 
-    def body(param_ref, m_codes_ref, m_scales_ref, v_codes_ref, v_scales_ref, grad_ref, numbers_ref, seed_ref, *stages):
+    in_place = not hopper.varying_axes(param, grad, moments, numbers, seed)
+
+    def body(*refs):
+        old_refs, (grad_ref, numbers_ref, seed_ref), rest = refs[:5], refs[5:8], refs[8:]
+        new_refs, stages = old_refs if in_place else rest[:5], rest[-2:]
         first_row = lax.axis_index("block") * rows
         here = pl.ds(first_row, rows)
 
         def load(ref):
-            return plgpu.load(ref.at[here], layout=LAYOUT, optimized=False)
+            layout = LAYOUT if len(ref.shape) == 2 else LAYOUT.reduce(1)
+            return plgpu.load(ref.at[here], layout=layout, optimized=False)
 
-        def load_scales(ref):
-            return plgpu.load(ref.at[here], layout=LAYOUT.reduce(1), optimized=False)
-
-        old = Moments(load(m_codes_ref), load_scales(m_scales_ref), load(v_codes_ref), load_scales(v_scales_ref))
+        old_param, *old = (load(ref) for ref in old_refs)
         scalars = Numbers(*(numbers_ref[i] for i in range(len(Numbers._fields))))
-        new, updated = update_blocks(load(param_ref), load(grad_ref), old, scalars, seed_ref[0], first_row, stochastic)
-        param_ref[here], m_codes_ref[here], v_codes_ref[here] = new, updated.m_codes, updated.v_codes
+        new_param, new = update_blocks(
+            old_param, load(grad_ref), Moments(*old), scalars, seed_ref[0], first_row, stochastic
+        )
+        param_ref, m_codes_ref, m_scales_ref, v_codes_ref, v_scales_ref = new_refs
+        param_ref[here], m_codes_ref[here], v_codes_ref[here] = new_param, new.m_codes, new.v_codes
         # Every lane of a warp holds its rows' scales: through shared memory they leave in one piece.
-        stages[0][...], stages[1][...] = updated.m_scales, updated.v_scales
+        stages[0][...], stages[1][...] = new.m_scales, new.v_scales
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(stages[0], m_scales_ref.at[here])
         plgpu.copy_smem_to_gmem(stages[1], v_scales_ref.at[here])
@@ -77,17 +82,16 @@ def adamw_8bit_step(param, grad, moments, numbers, seed, stochastic):
     def blocks(x):
         return x.reshape(n_rows, BLOCK)
 
-    changed = (param, *moments)
-    in_place = [
-        jax.new_ref(x)
-        for x in (blocks(param), blocks(moments.m_codes), moments.m_scales, blocks(moments.v_codes), moments.v_scales)
-    ]
-    plgpu.kernel(
+    old = [blocks(param), blocks(moments.m_codes), moments.m_scales, blocks(moments.v_codes), moments.v_scales]
+    old = [jax.new_ref(x) for x in old] if in_place else old
+    new = hopper.kernel(
         body,
+        out_type=[] if in_place else [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in old],
         scratch_types=[plgpu.SMEM((rows,), jnp.float32)] * 2,
         grid=(n_rows // rows,),
         grid_names=("block",),
         kernel_name="adamw_8bit_step",
-    )(*in_place, blocks(grad), jnp.stack(numbers), seed[None])
-    new, *updated = (ref[...].reshape(x.shape) for ref, x in zip(in_place, changed, strict=True))
-    return new, Moments(*updated)
+    )(*old, blocks(grad), jnp.stack(numbers), seed[None])
+    new = [ref[...] for ref in old] if in_place else new
+    new_param, *updated = (x.reshape(like.shape) for x, like in zip(new, (param, *moments), strict=True))
+    return new_param, Moments(*updated)

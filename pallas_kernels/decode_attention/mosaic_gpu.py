@@ -197,7 +197,7 @@ def _join(acc, stats, columns, dtype):
         acc, _, total = plgpu.emit_pipeline(
             step,
             grid=(S,),
-            in_specs=[tiles.block((H, G), jnp.float32, lambda s: (s, 0))],
+            in_specs=[plgpu.BlockSpec((None, H, G), lambda s: (s, 0, 0), transforms=tiles.layout(G, jnp.float32))],
             max_concurrent_steps=4,
             init_carry=(
                 jnp.zeros((H, G), jnp.float32),
@@ -205,8 +205,8 @@ def _join(acc, stats, columns, dtype):
                 jnp.zeros((G,), jnp.float32),
             ),
         )(acc_ref.at[row, head, group])
-        total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
-        out_smem.T[...] = (acc / _over_columns(total, acc.shape)).astype(dtype)
+        inverse = 1 / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
+        out_smem.T[...] = (acc * _over_columns(inverse, acc.shape)).astype(dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(out_smem, out_ref.at[row, head, pl.ds(group * G, G)])
         plgpu.wait_smem_to_gmem(0)
@@ -218,7 +218,7 @@ def _join(acc, stats, columns, dtype):
         grid_names=("row", "group", "head"),
         scratch_types=[plgpu.SMEM((S, 2, G), jnp.float32), tiles.tile((G, H), dtype), plgpu.Barrier()],
         kernel_name="decode_attention_combine",
-    )(acc.reshape(B, K, groups, S * H, G), stats)
+    )(acc, stats)
 
 
 def _over_rows(x, shape):

@@ -124,20 +124,24 @@ def _attend(q, k, v, segments, kv_segments, window, options):
 
 def _forward(q, k, v, segments, kv_segments, window, options):
     seen = _seen(segments, kv_segments, window, options)
-    out, lse = mosaic_gpu.flash_attention_forward(q, k, v, seen, *options[2:])
+    out, lse = mosaic_gpu.flash_attention_forward(q, k, v, seen, options.causal, options.scale, options.soft_cap)
     return (out, lse), (q, k, v, segments, kv_segments, window, out, lse)
 
 
 def _backward(options, residuals, cotangents):
     q, k, v, segments, kv_segments, window, out, lse = residuals
     seen = _seen(segments, kv_segments, window, options)
-    gradients = mosaic_gpu_vjp.flash_attention_backward(q, k, v, out, lse, *cotangents, seen, *options[2:])
+    dout, dlse = cotangents
+    gradients = mosaic_gpu_vjp.flash_attention_backward(
+        q, k, v, out, lse, dout, dlse, seen, options.causal, options.scale, options.soft_cap
+    )
     return *gradients, None, None, None
 
 
 def _seen(segments, kv_segments, window, options):
     window = options.window if window is None else window
-    return visibility.operands(*options.lengths, segments, kv_segments, window)
+    S, C = options.lengths
+    return visibility.operands(S, C, segments, kv_segments, window)
 
 
 _attend.defvjp(_forward, _backward)

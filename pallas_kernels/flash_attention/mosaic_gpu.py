@@ -12,6 +12,7 @@ longest first.
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -92,6 +93,46 @@ def ring(slots: int, *tiles: Any) -> Ring:
     )
 
 
+def items(grid: tuple[int, int, int], ranges_ref, visit, *, descending: bool, group: int = 1):
+    """In a kernel: loops over the items of this block, a tile of a head of a batch row each.
+
+    Args:
+      grid: how many tiles, batch rows and heads there are.
+      ranges_ref: of `visibility.tile_ranges`.
+      visit: is called with the number of the item, the steps before it, tile, batch row, head and the tile's ranges.
+      descending: whether the last tile, which causality gives the most to do, comes first.
+      group: steps for each tile to visit.
+
+    Returns:
+      The steps of all items.
+    """
+
+    @plgpu.nd_loop(grid, collective_axes="core", init_carry=jnp.int32(0))
+    def steps(loop, carry):
+        tile, batch, head = loop.index
+        tile = grid[0] - 1 - tile if descending else tile
+        ranges = [ranges_ref[row_of(ranges_ref, batch), tile, i] for i in range(4)]
+        visit(loop.local_index, carry, tile, batch, head, ranges)
+        return carry + (ranges[1] - ranges[0]) * group
+
+    return steps
+
+
+def row_of(ref, batch):
+    """The row of an operand that may be the same for every sequence."""
+    return batch if ref.shape[0] > 1 else 0
+
+
+def stage_of(stage, warpgroup):
+    """A warpgroup's part of `tiles.staging`."""
+    return None if stage is None else stage.at[warpgroup]
+
+
+def tanh(x):
+    """Exact to float32, where the hardware's own is to 11 bits."""
+    return 1 - 2 / (jnp.exp2(x * (2 * LOG2E)) + 1)
+
+
 def flash_attention_forward(q, k, v, seen: visibility.Visibility, causal, scale, soft_cap):
     """`(out [B, S, N, H], lse [B, N, padded S])`; lse is -inf where a query sees no key."""
     B, S, N, H = q.shape
@@ -109,38 +150,27 @@ def flash_attention_forward(q, k, v, seen: visibility.Visibility, causal, scale,
         (k_tile, key_tile), (v_tile,) = k_ring.tiles, v_ring.tiles
         warpgroup = lax.axis_index("warpgroup")
 
-        def items(visit):
-            """Loops over the items of this block; returns how many tiles of keys they have together."""
-
-            @plgpu.nd_loop((query_tiles, B, N), collective_axes="core", init_carry=jnp.int32(0))
-            def steps(loop, carry):
-                tile, batch, head = loop.index
-                tile = query_tiles - 1 - tile
-                bounds = [ranges_ref[row_of(ranges_ref, batch), tile, i] for i in range(4)]
-                visit(loop.local_index, carry, tile * rows, batch, head, bounds)
-                return carry + bounds[1] - bounds[0]
-
-            return steps
+        every_item = partial(items, (query_tiles, B, N), ranges_ref, descending=causal)
 
         @pl.when(warpgroup == WARPGROUPS)
         def _memory():
             plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
 
-            def visit(item, step, query, batch, head, bounds):
+            def visit(item, step, tile, batch, head, ranges):
                 for w in range(WARPGROUPS):
                     pl.when(item > 0)(lambda w=w: plgpu.barrier_wait(q_empty.at[w]))
-                    queries = pl.ds(query + w * ROWS, ROWS)
+                    queries = pl.ds(tile * rows + w * ROWS, ROWS)
                     plgpu.copy_gmem_to_smem(q_ref.at[batch, queries, head], q_tile.at[w], q_full.at[w])
                     seen_by = queries_ref.at[row_of(queries_ref, batch), :, queries]
                     plgpu.copy_gmem_to_smem(seen_by, query_tile.at[w], q_full.at[w])
 
-                @pl.loop(bounds[0], bounds[1])
+                @pl.loop(*ranges[:2])
                 def _(i):
-                    at, keys, kv_head = step + i - bounds[0], pl.ds(i * block_kv, block_kv), lax.div(head, N // K)
+                    at, keys, kv_head = step + i - ranges[0], pl.ds(i * block_kv, block_kv), lax.div(head, N // K)
                     k_ring.fill(at, k_ref.at[batch, keys, kv_head], keys_ref.at[row_of(keys_ref, batch), :, keys])
                     v_ring.fill(at, v_ref.at[batch, keys, kv_head])
 
-            steps = items(visit)
+            steps = every_item(visit)
             for w in range(WARPGROUPS):
                 plgpu.barrier_wait(q_empty.at[w])
             k_ring.drain(steps)
@@ -156,12 +186,12 @@ def flash_attention_forward(q, k, v, seen: visibility.Visibility, causal, scale,
                 plgpu.barrier_arrive(turn)
                 plgpu.barrier_wait(turn)
 
-            def visit(item, step, query, batch, head, bounds):
-                start, stop, full_start, full_stop = bounds
-                query += warpgroup * ROWS
+            def visit(item, step, tile, batch, head, ranges):
+                start, stop, full_start, full_stop = ranges
+                query = tile * rows + warpgroup * ROWS
 
                 def attend(i, carry):
-                    acc, m, l = carry
+                    acc, m, total = carry
                     slot = k_ring.slot(step + i - start)
                     plgpu.barrier_wait(k_ring.full.at[slot])
 
@@ -186,13 +216,13 @@ def flash_attention_forward(q, k, v, seen: visibility.Visibility, causal, scale,
                     alpha = jnp.exp2(m - m_new)
                     p = jnp.exp2(z * factor - lax.broadcast_in_dim(m_new, z.shape, (0,)))
                     acc *= lax.broadcast_in_dim(alpha, acc.shape, (0,))
-                    l = l * alpha + p.sum(axis=1)
+                    total = total * alpha + p.sum(axis=1)
                     p = p.astype(q.dtype)
                     plgpu.barrier_wait(v_ring.full.at[slot])
                     take_turns()
-                    acc = tiles.accumulate(acc, p, v_tile.at[slot], None if stage is None else stage.at[warpgroup])
+                    acc = tiles.accumulate(acc, p, v_tile.at[slot], stage_of(stage, warpgroup))
                     plgpu.barrier_arrive(v_ring.empty.at[slot])
-                    return acc, m_new, l
+                    return acc, m_new, total
 
                 plgpu.barrier_wait(q_full.at[warpgroup])
                 pl.when(warpgroup == 1)(take_turns)
@@ -201,15 +231,15 @@ def flash_attention_forward(q, k, v, seen: visibility.Visibility, causal, scale,
                     plgpu.layout_cast(jnp.full((ROWS,), LOWEST, jnp.float32), plgpu.Layout.WGMMA.reduce(1)),
                     plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), plgpu.Layout.WGMMA.reduce(1)),
                 )
-                acc, m, l = lax.fori_loop(start, stop, attend, empty)
+                acc, m, total = lax.fori_loop(start, stop, attend, empty)
                 pl.when(warpgroup == 0)(take_turns)
                 if not in_place:
                     plgpu.barrier_arrive(q_empty.at[warpgroup])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                sees = l > 0
-                l = jnp.where(sees, l, 1.0)
-                out[...] = (acc * lax.broadcast_in_dim(1 / l, acc.shape, (0,))).astype(q.dtype)
-                lse_out[...] = jnp.where(sees, (m + jnp.log2(l)) * (1 / LOG2E), -jnp.inf)
+                sees = total > 0
+                total = jnp.where(sees, total, 1.0)
+                out[...] = (acc * lax.broadcast_in_dim(1 / total, acc.shape, (0,))).astype(q.dtype)
+                lse_out[...] = jnp.where(sees, (m + jnp.log2(total)) * (1 / LOG2E), -jnp.inf)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(out, out_ref.at[batch, pl.ds(query, ROWS), head])
                 plgpu.copy_smem_to_gmem(lse_out, lse_ref.at[batch, head, pl.ds(query, ROWS)])
@@ -217,7 +247,7 @@ def flash_attention_forward(q, k, v, seen: visibility.Visibility, causal, scale,
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     plgpu.barrier_arrive(q_empty.at[warpgroup])
 
-            items(visit)
+            every_item(visit)
             plgpu.wait_smem_to_gmem(0)
 
     q_tiles = tiles.tile((WARPGROUPS, ROWS, H), q.dtype)
@@ -244,13 +274,3 @@ def flash_attention_forward(q, k, v, seen: visibility.Visibility, causal, scale,
         kernel_name="flash_attention_forward",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(q, k, v, ranges, seen.window, seen.queries, seen.keys)
-
-
-def tanh(x):
-    """Exact to float32, where the hardware's own is to 11 bits."""
-    return 1 - 2 / (jnp.exp2(x * (2 * LOG2E)) + 1)
-
-
-def row_of(ref, batch):
-    """The row of an operand that may be the same for every sequence."""
-    return batch if ref.shape[0] > 1 else 0

@@ -12,7 +12,6 @@ streams the queries of all heads that share it, so that a group's sum never leav
 import dataclasses
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -26,8 +25,10 @@ from pallas_kernels.flash_attention.mosaic_gpu import (
     MEMORY_REGISTERS,
     ROWS,
     WARPGROUPS,
+    items,
     ring,
     row_of,
+    stage_of,
     tanh,
 )
 from pallas_kernels.hopper import CORES
@@ -80,29 +81,20 @@ def _dq(q, k, v, dout, lse, delta, seen, causal, scale, soft_cap):
     ranges, _ = visibility.tile_ranges(seen, causal, rows, block)
 
     def body(*refs):
-        q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, ranges_ref, window_ref, queries_ref, keys_ref, dq_ref = refs[:11]
-        resident, full, empty, k_ring, v_ring, stage = refs[11:]
+        q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, ranges_ref, window_ref, queries_ref, keys_ref = refs[:10]
+        dq_ref, resident, full, empty, k_ring, v_ring, stage = refs[10:]
         warpgroup = lax.axis_index("warpgroup")
 
-        def items(visit):
-            @plgpu.nd_loop((query_tiles, B, N), collective_axes="core", init_carry=jnp.int32(0))
-            def steps(loop, carry):
-                tile, batch, head = loop.index
-                tile = query_tiles - 1 - tile
-                bounds = [ranges_ref[row_of(ranges_ref, batch), tile, i] for i in range(4)]
-                visit(loop.local_index, carry, tile * rows, batch, head, bounds)
-                return carry + bounds[1] - bounds[0]
-
-            return steps
+        every_item = partial(items, (query_tiles, B, N), ranges_ref, descending=causal)
 
         @pl.when(warpgroup == WARPGROUPS)
         def _memory():
             plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
 
-            def visit(item, step, query, batch, head, bounds):
+            def visit(item, step, tile, batch, head, ranges):
                 for w in range(WARPGROUPS):
                     pl.when(item > 0)(lambda w=w: plgpu.barrier_wait(empty.at[w]))
-                    at = pl.ds(query + w * ROWS, ROWS)
+                    at = pl.ds(tile * rows + w * ROWS, ROWS)
                     sources = (
                         q_ref.at[batch, at, head],
                         dout_ref.at[batch, at, head],
@@ -113,13 +105,13 @@ def _dq(q, k, v, dout, lse, delta, seen, causal, scale, soft_cap):
                     for source, target in zip(sources, resident, strict=True):
                         plgpu.copy_gmem_to_smem(source, target.at[w], full.at[w])
 
-                @pl.loop(bounds[0], bounds[1])
+                @pl.loop(*ranges[:2])
                 def _(i):
-                    at, keys, kv_head = step + i - bounds[0], pl.ds(i * block, block), lax.div(head, N // K)
+                    at, keys, kv_head = step + i - ranges[0], pl.ds(i * block, block), lax.div(head, N // K)
                     k_ring.fill(at, k_ref.at[batch, keys, kv_head], keys_ref.at[row_of(keys_ref, batch), :, keys])
                     v_ring.fill(at, v_ref.at[batch, keys, kv_head])
 
-            steps = items(visit)
+            steps = every_item(visit)
             for w in range(WARPGROUPS):
                 plgpu.barrier_wait(empty.at[w])
             k_ring.drain(steps)
@@ -130,11 +122,12 @@ def _dq(q, k, v, dout, lse, delta, seen, causal, scale, soft_cap):
             plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
             q_tile, _, lse_tile, delta_tile, _ = (tile.at[warpgroup] for tile in resident)
             (k_tile, key_tile), (v_tile,) = k_ring.tiles, v_ring.tiles
+            spread = partial(lax.broadcast_in_dim, shape=(ROWS, block), broadcast_dimensions=(0,))
 
-            def visit(item, step, query, batch, head, bounds):
-                start, stop, full_start, full_stop = bounds
+            def visit(item, step, tile, batch, head, ranges):
+                start, stop, full_start, full_stop = ranges
+                query = tile * rows + warpgroup * ROWS
                 plgpu.barrier_wait(full.at[warpgroup])
-                spread = lambda row: lax.broadcast_in_dim(row, (ROWS, block), (0,))
                 lse = plgpu.load(lse_tile, layout=plgpu.Layout.WGMMA.reduce(1))
                 delta = plgpu.load(delta_tile, layout=plgpu.Layout.WGMMA.reduce(1))
 
@@ -150,19 +143,15 @@ def _dq(q, k, v, dout, lse, delta, seen, causal, scale, soft_cap):
                     def hide(z):
                         return lax.cond((full_start <= i) & (i < full_stop), lambda z: z, masked, z)
 
-                    def products(s, dp):
-                        plgpu.barrier_wait(k_ring.full.at[slot])
-                        plgpu.wgmma(s, q_tile, k_tile.at[slot].transpose((1, 0)))
-                        plgpu.barrier_wait(v_ring.full.at[slot])
-                        plgpu.wgmma(dp, dout_tile, v_tile.at[slot].transpose((1, 0)))
-                        s = plgpu.wgmma_accumulator_load(s, wait_n=1)
-                        return *_probabilities(s, spread(lse), hide, scale, soft_cap), dp[...]
-
-                    p, slope, dp = pl.run_scoped(products, *[plgpu.ACC((ROWS, block), jnp.float32)] * 2)
+                    plgpu.barrier_wait(k_ring.full.at[slot])
+                    s = tiles.product(q_tile, k_tile.at[slot].transpose((1, 0)))
+                    p, slope = _probabilities(s, spread(lse), hide, scale, soft_cap)
+                    plgpu.barrier_wait(v_ring.full.at[slot])
+                    dp = tiles.product(dout_tile, v_tile.at[slot].transpose((1, 0)))
                     plgpu.barrier_arrive(v_ring.empty.at[slot])
                     ds = p * (dp - spread(delta))
                     ds = ds if slope is None else ds * slope
-                    dq = tiles.accumulate(dq, ds.astype(q.dtype), k_tile.at[slot], _of(stage, warpgroup))
+                    dq = tiles.accumulate(dq, ds.astype(q.dtype), k_tile.at[slot], stage_of(stage, warpgroup))
                     plgpu.barrier_arrive(k_ring.empty.at[slot])
                     return dq
 
@@ -170,11 +159,11 @@ def _dq(q, k, v, dout, lse, delta, seen, causal, scale, soft_cap):
                 dq = lax.fori_loop(start, stop, accumulate, zeros)
                 q_tile[...] = (dq * scale).astype(q.dtype)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(q_tile, dq_ref.at[batch, pl.ds(query + warpgroup * ROWS, ROWS), head])
+                plgpu.copy_smem_to_gmem(q_tile, dq_ref.at[batch, pl.ds(query, ROWS), head])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_arrive(empty.at[warpgroup])
 
-            items(visit)
+            every_item(visit)
             plgpu.wait_smem_to_gmem(0)
 
     q_tiles = tiles.tile((WARPGROUPS, ROWS, H), q.dtype)
@@ -220,25 +209,17 @@ def _dkv(q, k, v, dout, lse, delta, seen, causal, scale, soft_cap):
         dk_ref, dv_ref, resident, full, empty, done, q_ring, dout_ring, stage = refs[10:]
         warpgroup = lax.axis_index("warpgroup")
 
-        def items(visit):
-            @plgpu.nd_loop((key_tiles, B, K), collective_axes="core", init_carry=jnp.int32(0))
-            def steps(loop, carry):
-                tile, batch, kv_head = loop.index
-                bounds = [ranges_ref[row_of(ranges_ref, batch), tile, i] for i in range(4)]
-                visit(loop.local_index, carry, tile * rows, batch, kv_head, bounds)
-                return carry + (bounds[1] - bounds[0]) * group
-
-            return steps
+        every_item = partial(items, (key_tiles, B, K), ranges_ref, descending=False, group=group)
 
         @pl.when(warpgroup == WARPGROUPS)
         def _memory():
             plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
 
-            def visit(item, step, key, batch, kv_head, bounds):
-                start, tiles = bounds[0], bounds[1] - bounds[0]
+            def visit(item, step, tile, batch, kv_head, ranges):
+                start, count = ranges[0], ranges[1] - ranges[0]
                 pl.when(item > 0)(lambda: plgpu.barrier_wait(empty))
                 for part in range(parts):
-                    at = pl.ds(key + part * ROWS, ROWS)
+                    at = pl.ds(tile * rows + part * ROWS, ROWS)
                     sources = (
                         k_ref.at[batch, at, kv_head],
                         v_ref.at[batch, at, kv_head],
@@ -247,14 +228,14 @@ def _dkv(q, k, v, dout, lse, delta, seen, causal, scale, soft_cap):
                     for source, target in zip(sources, resident, strict=True):
                         plgpu.copy_gmem_to_smem(source, target.at[part], full)
 
-                @pl.loop(0, tiles * group)
+                @pl.loop(0, count * group)
                 def _(i):
-                    head, at = kv_head * group + lax.div(i, tiles), pl.ds((start + lax.rem(i, tiles)) * block, block)
+                    head, at = kv_head * group + lax.div(i, count), pl.ds((start + lax.rem(i, count)) * block, block)
                     queries = queries_ref.at[row_of(queries_ref, batch), :, at]
                     q_ring.fill(step + i, q_ref.at[batch, at, head], lse_ref.at[batch, head, at], queries)
                     dout_ring.fill(step + i, dout_ref.at[batch, at, head], delta_ref.at[batch, head, at])
 
-            steps = items(visit)
+            steps = every_item(visit)
             plgpu.barrier_wait(empty)
             q_ring.drain(steps)
             dout_ring.drain(steps)
@@ -263,49 +244,42 @@ def _dkv(q, k, v, dout, lse, delta, seen, causal, scale, soft_cap):
             plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
             part = 0 if split else warpgroup
             (q_tile, lse_tile, query_tile), (dout_tile, delta_tile) = q_ring.tiles, dout_ring.tiles
-            spread = lambda row: lax.broadcast_in_dim(row, (ROWS, block), (1,))
+            spread = partial(lax.broadcast_in_dim, shape=(ROWS, block), broadcast_dimensions=(1,))
             along_queries = plgpu.Layout.WGMMA.reduce(0)
 
-            def visit(item, step, key, batch, kv_head, bounds):
-                start, stop, full_start, full_stop = bounds
+            def visit(item, step, tile, batch, kv_head, ranges):
+                start, stop, full_start, full_stop = ranges
                 plgpu.barrier_wait(full)
 
                 def accumulate(i, carry):
                     dk, dv = carry
-                    slot, tile = q_ring.slot(step + i), start + lax.rem(i, stop - start)
+                    slot, query = q_ring.slot(step + i), start + lax.rem(i, stop - start)
+                    staged = stage_of(stage, warpgroup)
                     k_tile, v_tile, key_tile = (tile.at[opaque(part, step + i)] for tile in resident)
-                    hide = lambda z: lax.cond(
-                        (full_start <= tile) & (tile < full_stop),
-                        lambda z: z,
-                        lambda z: visibility.hide(z, causal, window_ref[0], query_tile.at[slot], key_tile, 1),
-                        z,
-                    )
-                    def products(s, *dp):
-                        plgpu.barrier_wait(q_ring.full.at[slot])
-                        plgpu.wgmma(s, k_tile, q_tile.at[slot].transpose((1, 0)))
-                        plgpu.barrier_wait(dout_ring.full.at[slot])
-                        if wants_dk:
-                            plgpu.wgmma(dp[0], v_tile, dout_tile.at[slot].transpose((1, 0)))
-                        s = plgpu.wgmma_accumulator_load(s, wait_n=int(wants_dk))
-                        lse = plgpu.load(lse_tile.at[slot], layout=along_queries)
-                        p, slope = _probabilities(s, spread(lse), hide, scale, soft_cap)
-                        return p, slope, dp[0][...] if wants_dk else None
 
-                    p, slope, dp = pl.run_scoped(products, *[plgpu.ACC((ROWS, block), jnp.float32)] * (1 + wants_dk))
-                    sums, factors, others = [], [], []
+                    def masked(z):
+                        return visibility.hide(z, causal, window_ref[0], query_tile.at[slot], key_tile, 1)
+
+                    def hide(z):
+                        return lax.cond((full_start <= query) & (query < full_stop), lambda z: z, masked, z)
+
+                    plgpu.barrier_wait(q_ring.full.at[slot])
+                    s = tiles.product(k_tile, q_tile.at[slot].transpose((1, 0)))
+                    lse = plgpu.load(lse_tile.at[slot], layout=along_queries)
+                    p, slope = _probabilities(s, spread(lse), hide, scale, soft_cap)
+                    plgpu.barrier_wait(dout_ring.full.at[slot])
                     if wants_dv:
-                        sums, factors, others = [dv], [p.astype(q.dtype)], [dout_tile.at[slot]]
+                        dv = tiles.accumulate(dv, p.astype(q.dtype), dout_tile.at[slot], staged)
                     if wants_dk:
+                        dp = tiles.product(v_tile, dout_tile.at[slot].transpose((1, 0)))
                         delta = plgpu.load(delta_tile.at[slot], layout=along_queries)
                         ds = p * (dp - spread(delta))
                         ds = ds if slope is None else ds * slope
-                        sums, factors, others = [*sums, dk], [*factors, ds.astype(q.dtype)], [*others, q_tile.at[slot]]
                     plgpu.commit_smem()  # before the slot is filled again
-                    sums = tiles.accumulate_each(sums, factors, others, _of(stage, warpgroup))
                     plgpu.barrier_arrive(dout_ring.empty.at[slot])
+                    if wants_dk:
+                        dk = tiles.accumulate(dk, ds.astype(q.dtype), q_tile.at[slot], staged)
                     plgpu.barrier_arrive(q_ring.empty.at[slot])
-                    dv = sums.pop(0) if wants_dv else None
-                    dk = sums.pop(0) if wants_dk else None
                     return dk, dv
 
                 zeros = plgpu.layout_cast(jnp.zeros((ROWS, H), jnp.float32), plgpu.Layout.WGMMA)
@@ -320,7 +294,7 @@ def _dkv(q, k, v, dout, lse, delta, seen, causal, scale, soft_cap):
                 if wants_dv:
                     v_tile[...] = dv.astype(q.dtype)
                 plgpu.commit_smem()
-                at = pl.ds(key + part * ROWS, ROWS)
+                at = pl.ds(tile * rows + part * ROWS, ROWS)
                 if wants_dk:
                     plgpu.copy_smem_to_gmem(k_tile, dk_ref.at[batch, at, kv_head])
                 if wants_dv:
@@ -328,7 +302,7 @@ def _dkv(q, k, v, dout, lse, delta, seen, causal, scale, soft_cap):
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_arrive(empty)
 
-            items(visit)
+            every_item(visit)
             plgpu.wait_smem_to_gmem(0)
 
         if split:
@@ -363,9 +337,5 @@ def _dkv(q, k, v, dout, lse, delta, seen, causal, scale, soft_cap):
 
 
 def opaque(index, step):
-    """`index`, in a way that keeps the addresses derived from it inside the loop over `step >= 0` and out of registers."""
+    """`index`, so that the addresses derived from it stay inside the loop over `step >= 0`, and out of registers."""
     return jnp.where(step < 0, index + 1, index)
-
-
-def _of(stage, warpgroup):
-    return None if stage is None else stage.at[warpgroup]

@@ -2,8 +2,8 @@
 
 A block owns 128 rows and a range of the vocabulary; for each tile of it two warpgroups multiply 64 rows each, over the
 whole width, with operands that a third one streams in (`over_logits`, which the backward kernel shares). Blocks of the
-same range run at the same time, so that the head comes from L2, and a pair of them loads half a tile of it each, for
-both. In units of log2, with m the running maximum and d = z - m, a row keeps
+same range run at the same time, so that the head comes from L2. In units of log2, with m the running maximum and
+d = z - m, a row keeps
 
     m,    s = sum of 2^d,    w = sum of d 2^d,    the logit of the target,
 
@@ -32,6 +32,7 @@ WARPGROUPS, WARPGROUP_ROWS = 2, 64
 ROWS = WARPGROUPS * WARPGROUP_ROWS  # of a block
 DEPTH = 64  # columns of hidden and head in one stage
 TOGETHER = 16  # blocks of rows; with CORES / 16 ranges of tiles twice as long, the least distinct data in flight
+PIECE = 64  # columns that go through the softmax together: registers do not hold a tile of everything
 LOG2E = math.log2(math.e)
 
 
@@ -41,23 +42,15 @@ class Config:
 
     columns: int = choice(64, 128, 256)  # vocabulary entries of a tile
     stages: int = choice(2, 3, 4, 5, 6)  # of the pipeline
-    group: int = choice(2, 4, 8, 16, 32, 64)  # blocks of rows that pass over the vocabulary together
+    group: int = choice(1, 2, 4, 8, 16, 32, 64)  # blocks of rows that pass over the vocabulary together
     splits: int = choice(1, 2, 4, 8, 16, 33, 66, 132)  # ranges of the vocabulary
-    pair: int = choice(1, 2)  # blocks of rows that load a tile of the head together
 
 
-def heuristic(m: int, d: int, v: int) -> Config:
-    """Even groups of blocks of rows, and as many ranges as fill whole waves of blocks."""
+def heuristic(m: int, v: int) -> Config:
+    """Even groups of blocks of rows, each of which fills the cores once."""
     columns, blocks = 256, pl.cdiv(m, ROWS)
-    pair = min(2, blocks)
-    group = pl.cdiv(blocks, pl.cdiv(blocks, TOGETHER) * pair) * pair
-
-    def waste(splits):
-        return pl.cdiv(group * splits, CORES) * CORES / (group * splits)
-
-    most = min(pl.cdiv(v, columns), max(1, 4 * CORES // group))
-    splits = min(range(1, most + 1), key=lambda splits: (round(waste(splits), 2), splits))
-    return Config(columns, 4, group, splits, pair)
+    group = pl.cdiv(blocks, pl.cdiv(blocks, TOGETHER))
+    return Config(columns, 4, group, min(CORES // group, pl.cdiv(v, columns)))
 
 
 def reasons(hidden, head, targets, temperature, chunk, soft_cap) -> list[str]:
@@ -95,17 +88,16 @@ def over_logits(
       out_type: what the kernel writes.
       scratch: further shared memory for `per_block`.
     """
-    (m, d), (columns, stages, pair) = hidden.shape, (config.columns, config.stages, config.pair)
+    (m, d), columns, stages = hidden.shape, config.columns, config.stages
     steps, ranges = pl.cdiv(d, DEPTH), config.splits
 
     def body(hidden_ref, head_ref, *refs):
         *own, hidden_smem, head_smem, full, empty = refs
         split, warpgroup = lax.axis_index("split"), lax.axis_index("warpgroup")
-        pair_row = (lax.axis_index("group") * config.group + lax.axis_index("block") * pair) * ROWS
-        row = pair_row + lax.axis_index("pair") * ROWS
+        row = (lax.axis_index("group") * config.group + lax.axis_index("block")) * ROWS
         tile_count = pl.cdiv(head.shape[0], columns)
         low, high = (lax.div(end * tile_count, ranges) for end in (split, split + 1))
-        high = jnp.where(pair_row < m, high, low)
+        high = jnp.where(row < m, high, low)
         total = (high - low) * steps
 
         @pl.when(warpgroup == WARPGROUPS)
@@ -123,12 +115,7 @@ def over_logits(
                 entry = (low + lax.div(step, steps)) * columns
                 depth = pl.ds(lax.rem(step, steps) * DEPTH, DEPTH)
                 plgpu.copy_gmem_to_smem(hidden_ref.at[pl.ds(row, ROWS), depth], hidden_smem.at[slot], full.at[slot])
-                plgpu.copy_gmem_to_smem(
-                    head_ref.at[pl.ds(entry, columns), depth],
-                    head_smem.at[slot],
-                    full.at[slot],
-                    collective_axes="pair" if pair > 1 else None,
-                )
+                plgpu.copy_gmem_to_smem(head_ref.at[pl.ds(entry, columns), depth], head_smem.at[slot], full.at[slot])
 
             @pl.loop(jnp.maximum(total - stages, 0), total)
             def _(step):
@@ -166,14 +153,11 @@ def over_logits(
             finish(lax.fori_loop(low, high, step, carry))
 
     groups = pl.cdiv(m, ROWS * config.group)
-    barrier = dict(num_arrivals=WARPGROUPS, num_barriers=stages)
     return plgpu.kernel(
         body,
         out_type=out_type,
-        grid=(groups, ranges, config.group // pair),
+        grid=(groups, ranges, config.group),
         grid_names=("group", "split", "block"),
-        cluster=(pair,),
-        cluster_names=("pair",),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
         scratch_types=[
@@ -181,20 +165,16 @@ def over_logits(
             tiles.tile((stages, ROWS, DEPTH), hidden.dtype),
             tiles.tile((stages, columns, DEPTH), head.dtype),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-            plgpu.ClusterBarrier(collective_axes=("pair",), **barrier) if pair > 1 else plgpu.Barrier(**barrier),
+            plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
         ],
         kernel_name=name,
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(hidden, head, *operands)
 
 
-def padded(x: jax.Array, *multiples: int) -> jax.Array:
-    """`x` with zeros behind its leading axes, up to these multiples."""
-    return jnp.pad(
-        x,
-        [(0, -size % multiple) for size, multiple in zip(x.shape, multiples, strict=False)]
-        + [(0, 0)] * (x.ndim - len(multiples)),
-    )
+def padded(x: jax.Array, multiple: int) -> jax.Array:
+    """`x [M, ...]` with rows of zeros up to a multiple."""
+    return jnp.pad(x, [(0, -x.shape[0] % multiple)] + [(0, 0)] * (x.ndim - 1))
 
 
 def load_rows(ref: Any, rows: Any) -> jax.Array:
@@ -222,7 +202,7 @@ def linear_logprob_forward(hidden, head, targets, temperature, chunk, soft_cap):
     """`(logp [M], entropy [M], lse [M])` in float32."""
     del chunk  # no logits are held
     (m, d), v = hidden.shape, head.shape[0]
-    config = config_for("linear_logprob_forward", heuristic(m, d, v), m=m, d=d, v=v, dtype=hidden.dtype)
+    config = config_for("linear_logprob_forward", heuristic(m, v), m=m, d=d, v=v, dtype=hidden.dtype)
     hidden, head = padded(hidden, SWIZZLED[0]), padded(head, SWIZZLED[0])
     targets = padded(targets.astype(jnp.int32), ROWS * config.group)
 
@@ -234,15 +214,21 @@ def linear_logprob_forward(hidden, head, targets, temperature, chunk, soft_cap):
             if soft_cap is not None:
                 z = tanh(z * (1 / soft_cap))
             z *= scale
-            column = columns_like(z)
             if v % config.columns:
-                z = jnp.where(column < v - first, z, LOWEST)
-            hit += jnp.where(column == spread(target - first, z), z, 0.0).sum(axis=1)
+                z = jnp.where(columns_like(z) < v - first, z, LOWEST)
             new_peak = jnp.maximum(peak, z.max(axis=1))
-            below, fall = z - spread(new_peak, z), peak - new_peak
-            e, shrink = jnp.exp2(below), jnp.exp2(fall)
-            weighted = shrink * (weighted + fall * total) + (e * below).sum(axis=1)
-            return new_peak, shrink * total + e.sum(axis=1), weighted, hit
+            fall = peak - new_peak
+            weighted = jnp.exp2(fall) * (weighted + fall * total)
+            total = jnp.exp2(fall) * total
+            for column in range(0, config.columns, PIECE):
+                piece = z[:, column : column + PIECE]
+                here = columns_like(piece) == spread(target - first - column, piece)
+                hit += jnp.where(here, piece, 0.0).sum(axis=1)
+                below = piece - spread(new_peak, piece)
+                e = jnp.exp2(below)
+                weighted += (e * below).sum(axis=1)
+                total += e.sum(axis=1)
+            return new_peak, total, weighted, hit
 
         def finish(carry):
             for i, value in enumerate(carry):

@@ -45,7 +45,7 @@ def linear_logprob_backward(hidden, head, targets, temperature, results, cotange
     """Gradients of hidden and head, the latter None if the head is `frozen`."""
     (m, d), v = hidden.shape, head.shape[0]
     chunk = columns_held(chunk, m, v)
-    config = config_for("linear_logprob_backward", heuristic(m, d, chunk), m=m, d=d, v=chunk, dtype=hidden.dtype)
+    config = config_for("linear_logprob_backward", heuristic(m, chunk), m=m, d=d, v=chunk, dtype=hidden.dtype)
     _, entropy, lse = results
     d_logp, d_entropy, d_lse = cotangents
     row_terms = [lse * LOG2E, d_lse - d_logp - d_entropy * entropy, d_entropy / LOG2E, d_logp]

@@ -18,7 +18,7 @@ def calls(model: str) -> list[Call]:
         return shape(m, width), head, shape(m, dtype=jnp.int32)
 
     def forward(m):
-        config, (hidden, _, targets) = heuristic(m, width, v), inputs(m)
+        config, (hidden, _, targets) = heuristic(m, v), inputs(m)
         parts = 4 * config.splits * nbytes(targets)
         least = nbytes(hidden, head, targets) + parts
         return Cost(2 * m * width * v, least, _tile_bytes(m, width, v, config) + parts)
@@ -28,7 +28,7 @@ def calls(model: str) -> list[Call]:
         columns, (hidden, _, targets) = columns_held(None, m, v), inputs(m)
         slices, gradient = cdiv(v, columns), nbytes(shape(m, v))
         least = slices * nbytes(hidden, *[targets] * 5) + nbytes(head) + gradient
-        tiles = _tile_bytes(m, width, columns, heuristic(m, width, columns))
+        tiles = _tile_bytes(m, width, columns, heuristic(m, columns))
         return Cost(2 * m * width * v, least, slices * (tiles + 5 * nbytes(targets)) + gradient)
 
     trained, scored = BATCH * RESPONSE, BATCH * LENGTH
@@ -44,6 +44,6 @@ def calls(model: str) -> list[Call]:
 
 
 def _tile_bytes(m: int, width: int, vocabulary: int, config: Config) -> int:
-    """Operands of all tiles; blocks of a pair load the head's together."""
+    """Operands of all tiles."""
     tiles = cdiv(m, ROWS) * cdiv(vocabulary, config.columns)
-    return tiles * (ROWS + config.columns // config.pair) * 2 * width
+    return tiles * (ROWS + config.columns) * 2 * width

@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import hopper
 from pallas_kernels.ppo_loss.reference import LARGEST_LOG_RATIO, Constants, Numbers, PPOLoss, Trained, assemble
 from pallas_kernels.tuning import choice, config_for
 
@@ -74,7 +75,7 @@ def ppo_loss_forward(trained, constants, numbers, kl_estimator, *, gradients):
             ref[here] = jnp.where(mask, slope, 0.0)
 
     slopes = [jax.ShapeDtypeStruct((blocks * tile,), jnp.float32)] * (gradients * (1 + ("v" in arrays)))
-    partial, *slopes = plgpu.kernel(
+    partial, *slopes = hopper.kernel(
         body,
         out_type=[jax.ShapeDtypeStruct((blocks, len(names) + 1), jnp.float32), *slopes],
         grid=(blocks,),

@@ -17,6 +17,7 @@ Reference: Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, 2023.
 """
 
 import dataclasses
+import itertools
 import math
 from functools import partial
 
@@ -57,8 +58,24 @@ def _dynamic_map() -> np.ndarray:
     return found
 
 
+def _thresholds(values: np.ndarray) -> np.ndarray:
+    """Least float32 numbers nearer to the next of sorted values, where distances are rounded to float32 too."""
+
+    def least(low: np.float32, high: np.float32) -> np.float32:
+        x = (low + high) / np.float32(2)
+        while high - x < x - low:
+            x = np.nextafter(x, low)
+        while not high - x < x - low:
+            x = np.nextafter(x, high)
+        return x
+
+    return np.array([least(low, high) for low, high in itertools.pairwise(values)])
+
+
 CODEBOOKS = {"int4": np.arange(-8, 8, dtype=np.float32), "nf4": _normal_float()}
 DYNAMIC_MAP = _dynamic_map()
+NF4_THRESHOLDS = _thresholds(CODEBOOKS["nf4"])
+MAP_THRESHOLDS = _thresholds(DYNAMIC_MAP)
 
 
 @partial(
@@ -146,14 +163,6 @@ def _last(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return lax.broadcast_in_dim(x, shape, range(x.ndim))
 
 
-def _nearest(x: jax.Array, values: np.ndarray) -> jax.Array:
-    """Index of the nearest of sorted values, of two as near the lower one; 0 for NaN."""
-    table = jnp.asarray(values)
-    above = jnp.clip(jnp.searchsorted(table, x, side="right", method="compare_all"), 1, len(values) - 1)
-    nearer = jnp.abs(table[above] - x) < jnp.abs(x - table[above - 1])
-    return jnp.where(jnp.isnan(x), 0, above - 1 + nearer.astype(above.dtype)).astype(jnp.uint8)
-
-
 def _to_int8(w: jax.Array) -> Quantized:
     w = w.astype(jnp.float32)
     scale = jnp.max(jnp.abs(w), axis=-1) / 127
@@ -167,7 +176,8 @@ def _to_4_bits(w: jax.Array, format: str) -> Quantized:
     largest = jnp.max(jnp.abs(grouped), axis=-1)
     if format == "nf4":
         unit = jnp.clip(grouped * _last(1 / largest, grouped.shape), -1, 1)
-        codes, scale = _nearest(unit, CODEBOOKS["nf4"]), largest
+        codes = sum((unit >= t).astype(jnp.uint8) for t in NF4_THRESHOLDS)  # 0 in a group of zeros
+        scale = largest
     else:
         scale = largest / 7
         unit = grouped / _last(jnp.where(scale == 0, 1, scale), grouped.shape)
@@ -191,4 +201,5 @@ def _compress(s: jax.Array) -> tuple[jax.Array, jax.Array]:
     unit = flat / _last(jnp.where(largest == 0, 1, largest), flat.shape)
     run = math.gcd(groups, BLOCK)  # groups of a row that always share a block
     blocks = jnp.repeat(largest, BLOCK // run)[: n * groups // run].reshape(n, groups // run)
-    return _nearest(unit, DYNAMIC_MAP).reshape(-1)[: s.size].reshape(n, groups).T, blocks.T
+    codes = jnp.searchsorted(jnp.asarray(MAP_THRESHOLDS), unit, side="right").astype(jnp.uint8)
+    return codes.reshape(-1)[: s.size].reshape(n, groups).T, blocks.T

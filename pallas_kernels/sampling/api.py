@@ -73,9 +73,12 @@ def sample(
         raise ValueError(f"logits {logits.dtype}{logits.shape} are not floats [B, V]")
     if top_k < 0:
         raise ValueError(f"top_k={top_k}; accepted: 0 (off) or more")
-    if key is None and not greedy:
-        raise ValueError("key=None; only greedy draws need none")
     b, v = logits.shape
+    words = None
+    if not greedy:
+        if key is None:
+            raise ValueError("key=None; only greedy draws need none")
+        words = jax.random.bits(key, (b, 2), jnp.uint32)
     scale = LOG2_E / _per_row("temperature", temperature, b, lambda x: x > 0, "above 0")
     p = _per_row("top_p", top_p, b, lambda x: 0 < x <= 1, "above 0, up to 1")
     least = _per_row("min_p", min_p, b, lambda x: 0 <= x <= 1, "0 to 1")
@@ -83,7 +86,7 @@ def sample(
         *OPERATION(
             implementation,
             jax.lax.stop_gradient(logits),
-            None if greedy else jax.random.bits(key, (b, 2), jnp.uint32),
+            words,
             scale,
             top_k if top_k < v else 0,
             None if isinstance(top_p, float | int) and top_p == 1 else p,

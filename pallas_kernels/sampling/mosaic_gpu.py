@@ -45,8 +45,8 @@ class Config:
 
 
 def heuristic(b: int, v: int) -> Config:
-    """Eight warpgroups a core, if the rows are long enough for it."""
-    wanted = max(1, min(8 * hopper.CORES // b, v // 4096))
+    """Four warpgroups a core, as many as its registers hold, if the rows are long enough for it."""
+    wanted = max(1, min(4 * hopper.CORES // b, v // 4096))
     return Config(splits=min(64, 1 << (wanted.bit_length() - 1)))
 
 
@@ -88,15 +88,18 @@ def sample_mosaic(logits, words, scale, top_k, top_p, min_p):
     return token, ((drawn - highest) * scale - jnp.log2(total)) / LOG2_E
 
 
+def vector_size(v: int) -> int:
+    """Logits of one load of a thread: 4 if rows are aligned to it. Eight of bfloat16 would take too many registers."""
+    return next(n for n in (4, 2, 1) if v % n == 0 and LANES * n <= v)
+
+
 class _Row:
     """Vectors of one row, dealt out to `workers` in steps of `loads`; what is left takes one more step, with -inf."""
 
     def __init__(self, ref, row, worker, workers: int, loads: int):
         self.ref, self.row, self.worker, self.workers = ref, row, worker, workers
         self.width = ref.shape[1]
-        vector = 4
-        while self.width % vector or LANES * vector > self.width:
-            vector //= 2
+        vector = vector_size(self.width)
         self.size = LANES * vector
         self.layout = plgpu.Layout.WG_STRIDED((self.size,), vec_size=vector)
         self.starts = [self.size * i for i in range(loads)]
@@ -200,40 +203,45 @@ def sampling_forward(logits, words, scale, least):
 
 
 def sampling_threshold(logits, scale, top_k, top_p):
-    """`(key, peak)`, both `[B]`: the largest key that all tokens kept by top-k and top-p exceed, the largest logit."""
+    """`(key, peak)`, both `[B]`: a key that exactly the tokens kept by top-k and top-p exceed, the largest logit."""
     b, v = logits.shape
     bits = key_bits(logits.dtype)
     smallest, infinity = key_range(bits)
-    config = config_for(
-        "sampling_threshold", threshold_heuristic(b, v), b=b, v=v, dtype=logits.dtype, mass=top_p is not None
-    )
+    config = config_for("sampling_threshold", threshold_heuristic(b, v), b=b, v=v, dtype=logits.dtype, top_k=top_k > 0)
     workers = config.warpgroups
 
     def body(logits_ref, scale_ref, *refs):
         if top_p is not None:
             top_p_ref, *refs = refs
-        key_ref, peak_ref, parts_ref, barrier = refs
+        key_ref, peak_ref, *scratch = refs
         index, worker = lax.axis_index("row"), lax.axis_index("worker")
         row = _Row(logits_ref, index, worker, workers, LOADS)
         scale = scale_ref[index]
 
-        def exchange(turn, combine, *values):
-            """Combines numbers of all warpgroups; a turn's slots are free again two turns later."""
+        def together(combine, reduce_lanes, *vectors):
+            """Reduces vectors over lanes and warpgroups. One warpgroup does so: all have the same scratch memory."""
             if workers == 1:
-                return values
-            for i, value in enumerate(values):
-                parts_ref[turn % 2, worker, i] = value
-            plgpu.barrier_arrive(barrier)
-            plgpu.barrier_wait(barrier)
-            parts = [[parts_ref[turn % 2, w, i] for w in range(workers)] for i in range(len(values))]
-            return tuple(combine(*part) for part in parts)
+                return [reduce_lanes(vector) for vector in vectors]
+            parts_ref, whole_ref, barrier = scratch
+            for i, vector in enumerate(vectors):
+                parts_ref[worker, i] = vector
+            _meet(barrier)
+
+            @pl.when(worker == 0)
+            def _():
+                for i in range(len(vectors)):
+                    parts = [plgpu.load(parts_ref.at[w, i], layout=row.layout) for w in range(workers)]
+                    whole_ref[i] = reduce_lanes(reduce(combine, parts))
+
+            _meet(barrier)
+            return [whole_ref[i] for i in range(len(vectors))]
 
         def highest(carry, vectors):
             for _, x in vectors:
                 carry = jnp.where(x > carry, x, carry)
             return carry
 
-        def above(turn, key, peak):
+        def above(key, peak):
             """Count of the logits above a key and, relative to a peak, their mass."""
             bound = to_float(row.full(key), bits)
 
@@ -244,38 +252,33 @@ def sampling_threshold(logits, scale, top_k, top_p):
                     mass = [m + jnp.where(x > bound, jnp.exp2((x - peak) * scale), 0.0) for m in mass]
                 return [count, *mass]
 
-            sums = [row.full(0.0)] * (1 if peak is None else 2)
-            return exchange(turn, lambda *parts: sum(parts), *map(jnp.sum, row.fold(step, sums)))
+            return together(jnp.add, jnp.sum, *row.fold(step, [row.full(0.0)] * (1 if peak is None else 2)))
 
-        def bisect(turn, low, high, count, peak, wanted):
+        def bisect(low, high, count, peak, wanted):
             def step(state):
-                turn, low, high, above_low, above_high = state
+                low, high, above_low, above_high = state
                 key = middle(low, high)
-                count, *mass = above(turn, key, peak)
+                count, *mass = above(key, peak)
                 few = (mass[0] if mass else count) < wanted
                 low, above_low = jnp.where(few, low, key), jnp.where(few, above_low, count)
-                high, above_high = jnp.where(few, key, high), jnp.where(few, count, above_high)
-                return turn + 1, low, high, above_low, above_high
+                return low, jnp.where(few, key, high), above_low, jnp.where(few, count, above_high)
 
-            turn, low, *_ = lax.while_loop(
-                lambda state: is_open(*state[1:]), step, (turn, low, high, count, jnp.float32(0))
-            )
-            return turn, low
+            return lax.while_loop(lambda state: is_open(*state), step, (low, high, count, jnp.float32(0)))[0]
 
-        (peak,) = exchange(0, lambda *parts: reduce(jnp.maximum, parts), jnp.max(row.fold(highest, row.full(LOWEST))))
-        turn, low = jnp.int32(1), jnp.int32(smallest)
+        (peak,) = together(jnp.maximum, jnp.max, row.fold(highest, row.full(LOWEST)))
+        low, high = jnp.int32(smallest), jnp.int32(infinity)
         if top_k:
-            turn, low = bisect(turn, low, jnp.int32(infinity), jnp.float32(v), None, jnp.float32(top_k))
+            low = bisect(low, high, jnp.float32(v), None, jnp.float32(top_k))
         if top_p is not None:
-            count, mass = above(turn, low, peak)
+            count, mass = above(low, peak)
             wanted = jnp.maximum(top_p_ref[index], jnp.finfo(jnp.float32).tiny) * mass
-            high = jnp.where(top_p_ref[index] < 1, jnp.int32(infinity), low + 1)
-            _, low = bisect(turn + 1, low, high, count, peak, wanted)
+            low = bisect(low, jnp.where(top_p_ref[index] < 1, high, low + 1), count, peak, wanted)
 
         @pl.when(worker == 0)
         def _():
             key_ref[index], peak_ref[index] = low, peak
 
+    parts, whole = plgpu.SMEM((workers, 2, LANES * vector_size(v)), jnp.float32), plgpu.SMEM((2,), jnp.float32)
     return hopper.kernel(
         body,
         out_type=[jax.ShapeDtypeStruct((b,), jnp.int32), jax.ShapeDtypeStruct((b,), jnp.float32)],
@@ -283,7 +286,12 @@ def sampling_threshold(logits, scale, top_k, top_p):
         grid_names=("row",),
         num_threads=workers,
         thread_name="worker",
-        scratch_types=[plgpu.SMEM((2, workers, 2), jnp.float32), plgpu.Barrier(num_arrivals=workers)],
+        scratch_types=[parts, whole, plgpu.Barrier(num_arrivals=workers)] if workers > 1 else [],
         kernel_name="sampling_threshold",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(logits, scale, *(() if top_p is None else (top_p,)))
+
+
+def _meet(barrier) -> None:
+    plgpu.barrier_arrive(barrier)
+    plgpu.barrier_wait(barrier)

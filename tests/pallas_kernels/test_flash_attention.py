@@ -24,6 +24,7 @@ class Case(NamedTuple):
     scale: float | None = None
     dtype: str = "bfloat16"
     batch: int = 1
+    gradients: bool = True
 
 
 def packed(lengths: dict[int, int] | list[tuple[int, int]], total: int) -> list[int]:
@@ -70,39 +71,39 @@ def call(case: Case, q, k, v, segments, kv_segments, implementation=None):
 
 CASES = [
     # lengths
-    Case((1, 1)),
-    Case((8, 1), causal=False),
+    Case((1, 1), gradients=False),
+    Case((8, 1), causal=False, gradients=False),
     Case((64, 64)),
-    Case((65, 63), causal=False),
+    Case((65, 63), causal=False, gradients=False),
     Case((128, 128), (4, 2)),
     Case((129, 129), (3, 3)),
     Case((200, 200), (4, 1)),
-    Case((3, 260), causal=False),
+    Case((3, 260), causal=False, gradients=False),
     Case((260, 3), causal=False),
-    Case((150, 60)),
+    Case((150, 60), gradients=False),
     Case((60, 150)),
     # widths and dtypes
     Case((72, 72), width=128),
     Case((136, 136), (4, 2), width=128, dtype="float16"),
-    Case((40, 200), width=128, causal=False),
+    Case((40, 200), width=128, causal=False, gradients=False),
     Case((70, 70), width=256),
-    Case((33, 140), (2, 2), width=256, dtype="float16", causal=False),
-    Case((90, 90), dtype="float16"),
+    Case((33, 140), (2, 2), width=256, dtype="float16", causal=False, gradients=False),
+    Case((90, 90), dtype="float16", gradients=False),
     # windows
-    Case((200, 200), window=1),
+    Case((200, 200), window=1, gradients=False),
     Case((200, 200), window=70),
-    Case((140, 140), window=1000),
+    Case((140, 140), window=1000, gradients=False),
     Case((100, 160), window=30, causal=False),
     # segments, windows traced
     Case((130, 130), segments="left padding"),
     Case((130, 130), segments="right padding", window=50),
     Case((180, 180), (4, 2), segments="packed", batch=2),
-    Case((180, 180), segments="packed, padding between", window=20),
+    Case((180, 180), segments="packed, padding between", window=20, gradients=False),
     Case((90, 90), segments="out of order"),
     Case((70, 150), segments="packed", causal=False),
     Case((70, 70), segments="padding alone"),
     # scores
-    Case((80, 80), soft_cap=1.5),
+    Case((80, 80), soft_cap=1.5, gradients=False),
     Case((80, 80), soft_cap=30.0, scale=1.0, segments="packed", window=1 << 30),
     Case((80, 80), scale=0.02, width=128, soft_cap=0.5),
 ]
@@ -120,7 +121,7 @@ def test_kernels_agree_with_the_reference(case: Case):
     def function(*args, implementation):
         return call(case, *args, implementation)
 
-    assert_agrees("flash_attention", function, (*tensors, *segments), (0, 1, 2))
+    assert_agrees("flash_attention", function, (*tensors, *segments), (0, 1, 2) if case.gradients else ())
 
 
 @pytest.mark.parametrize("magnitude", [1e-4, 30.0])
@@ -195,7 +196,7 @@ def test_reference_gradients_agree_with_finite_differences():
 def test_queries_without_keys_have_zero_results_and_gradients():
     case = Case((12, 12), width=8, segments="left padding", dtype="float32")
     (q, k, v), *segments = problem(case)
-    (out, lse), pull = jax.vjp(lambda q, k, v: call(case, q, k, v, *segments), q, k, v)
+    (out, lse), pull = jax.vjp(lambda q, k, v: tuple(call(case, q, k, v, *segments)), q, k, v)
     dq, dk, dv = pull((jnp.ones_like(out), jnp.ones_like(lse)))
     assert np.all(out[0, :4] == 0) and np.all(lse[0, :, :4] == -np.inf) and np.isfinite(lse[0, :, 4:]).all()
     assert np.all(dq[0, :4] == 0) and np.all(dk[0, :4] == 0) and np.all(dv[0, :4] == 0)

@@ -14,8 +14,7 @@ from pallas_kernels.linear_logprob.mosaic_gpu import Config, heuristic
 from tests.helpers.kernels import assert_agrees, normal
 from tests.helpers.tolerances import F32
 
-SINGLE, PAIR = Config(64, 2, 1, 1, 1), Config(64, 2, 2, 1, 2)  # columns, stages, group, splits, pair
-SPLIT = Config(64, 3, 1, 2, 1)
+SINGLE, PAIR, SPLIT = Config(64, 2, 1, 1), Config(64, 2, 2, 1), Config(64, 3, 1, 2)  # columns, stages, group, splits
 
 CASES: list[tuple[int, int, int, str, dict[str, Any], Config]] = [
     # Rows and vocabularies around the edges of tiles, one or several stages deep.
@@ -29,11 +28,11 @@ CASES: list[tuple[int, int, int, str, dict[str, Any], Config]] = [
     (20, 64, 200, "bfloat16", {"chunk": 101, "soft_cap": 4.0}, SPLIT),  # padded to 128
     (20, 64, 200, "bfloat16", {"chunk": 500}, SINGLE),
     # Several groups of blocks, the last of which has a block without rows.
-    (300, 64, 70, "bfloat16", {}, Config(64, 2, 2, 1, 1)),
-    (300, 64, 130, "bfloat16", {"temperature": 0.5}, Config(64, 2, 2, 2, 2)),
+    (300, 64, 70, "bfloat16", {}, Config(64, 2, 2, 1)),
+    (300, 64, 130, "bfloat16", {"temperature": 0.5}, Config(64, 2, 2, 2)),
     # More stages than steps, wide tiles.
-    (70, 64, 300, "bfloat16", {}, Config(128, 4, 1, 2, 1)),
-    (70, 64, 300, "bfloat16", {}, Config(256, 2, 2, 1, 2)),
+    (70, 64, 300, "bfloat16", {}, Config(128, 4, 1, 2)),
+    (70, 64, 300, "bfloat16", {}, Config(256, 2, 2, 1)),
 ]
 
 
@@ -235,11 +234,9 @@ def test_no_gradient_for_the_temperature():
 
 
 def test_heuristic_fills_the_cores():
-    for rows, width in itertools.product((128, 1000, 4096, 8192, 65536), (576, 2048, 4096, 8192)):
-        config = heuristic(rows, width, 128256)
-        blocks = config.group * config.splits
-        assert blocks / (-(-blocks // hopper.CORES) * hopper.CORES) > 0.85
-        assert config.group % config.pair == 0
+    for rows in (1, 128, 1000, 4096, 5000, 8192, 65536):
+        config = heuristic(rows, 128256)
+        assert 0.9 < config.group * config.splits / hopper.CORES <= 1
 
 
 def test_says_what_is_wrong():

@@ -159,7 +159,7 @@ def test_a_flat_vocabulary_is_drawn_from_evenly():
     assert stats.chisquare(np.bincount(np.asarray(drawn) // 100, minlength=50)).pvalue > LIKELY
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(
     st.integers(0, 10_000),
     st.sampled_from(["float32", "bfloat16"]),

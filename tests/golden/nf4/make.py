@@ -24,5 +24,6 @@ np.savez_compressed(
     weights=weights.half().numpy(),
     codes=np.stack([both >> 4, both & 15], axis=-1).reshape(weights.shape),
     scale_codes=state.absmax.numpy().reshape(64, -1),
+    codebook=state.code.numpy(),
     dequantized=functional.dequantize_4bit(packed, state).numpy(),
 )
