@@ -8,10 +8,10 @@ from pallas_kernels.adamw_8bit import shape_specs as adamw_8bit_specs
 from pallas_kernels.decode_attention import api as decode_attention
 from pallas_kernels.decode_attention import shape_specs as decode_attention_specs
 from pallas_kernels.dispatch import Operation
-from pallas_kernels.gae import api as gae
-from pallas_kernels.gae import shape_specs as gae_specs
 from pallas_kernels.flash_attention import api as flash_attention
 from pallas_kernels.flash_attention import shape_specs as flash_attention_specs
+from pallas_kernels.gae import api as gae
+from pallas_kernels.gae import shape_specs as gae_specs
 from pallas_kernels.linear_logprob import api as linear_logprob
 from pallas_kernels.linear_logprob import shape_specs as linear_logprob_specs
 from pallas_kernels.ppo_loss import api as ppo_loss

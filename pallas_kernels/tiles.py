@@ -74,7 +74,7 @@ def accumulate(acc: jax.Array, lhs: jax.Array, rhs, stage) -> jax.Array:
 def lookup(table, index: jax.Array) -> jax.Array:
     """`table[index]` of a table in shared memory and an `index [64]` in registers, laid out as rows of a product.
 
-    The simulator has no code of its own for a GPU: there, the gather is of jax.
+    A thread gathers on its own what it holds, which the simulator cannot follow: there, jax gathers.
     """
     if is_simulated():
         return table[...][index.astype(jnp.int32)]
@@ -103,6 +103,8 @@ def _only(register):
 
 def lookup_pairs(codes, table, scales: list[jax.Array]) -> jax.Array:
     """64 rows of 4-bit codes as left operand of wgmma: `CODEBOOK[code] * scale`, groups of 64 columns side by side.
+
+    As `lookup`, a gather of each thread on the GPU and one of jax in the simulator.
 
     Args:
       codes: `[G, 8, 256]` bytes in shared memory, 32 of each row and group: byte 8 t + j has the codes of elements

@@ -52,12 +52,10 @@ def adamw_8bit_step(param, grad, moments, numbers, seed, stochastic):
     n_rows = param.size // BLOCK
     key = {"rows": n_rows, "param": param.dtype, "grad": grad.dtype}
     rows = math.gcd(n_rows, config_for("adamw_8bit_step", heuristic(), **key).rows)
-
     in_place = not hopper.varying_axes(param, grad, moments, numbers, seed)
 
     def body(*refs):
-        old_refs, (grad_ref, numbers_ref, seed_ref), rest = refs[:5], refs[5:8], refs[8:]
-        new_refs, stages = old_refs if in_place else rest[:5], rest[-2:]
+        old_refs, (grad_ref, numbers_ref, seed_ref), new_refs = refs[:5], refs[5:8], refs[8:]
         first_row = lax.axis_index("block") * rows
         here = pl.ds(first_row, rows)
 
@@ -65,19 +63,13 @@ def adamw_8bit_step(param, grad, moments, numbers, seed, stochastic):
             layout = LAYOUT if len(ref.shape) == 2 else LAYOUT.reduce(1)
             return plgpu.load(ref.at[here], layout=layout, optimized=False)
 
-        old_param, *old = (load(ref) for ref in old_refs)
+        param, *moments = (load(ref) for ref in old_refs)
         scalars = Numbers(*(numbers_ref[i] for i in range(len(Numbers._fields))))
-        new_param, new = update_blocks(
-            old_param, load(grad_ref), Moments(*old), scalars, seed_ref[0], first_row, stochastic
+        param, moments = update_blocks(
+            param, load(grad_ref), Moments(*moments), scalars, seed_ref[0], first_row, stochastic
         )
-        param_ref, m_codes_ref, m_scales_ref, v_codes_ref, v_scales_ref = new_refs
-        param_ref[here], m_codes_ref[here], v_codes_ref[here] = new_param, new.m_codes, new.v_codes
-        # Every lane of a warp holds its rows' scales: through shared memory they leave in one piece.
-        stages[0][...], stages[1][...] = new.m_scales, new.v_scales
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(stages[0], m_scales_ref.at[here])
-        plgpu.copy_smem_to_gmem(stages[1], v_scales_ref.at[here])
-        plgpu.wait_smem_to_gmem(0)
+        for ref, x in zip(new_refs or old_refs, (param, *moments), strict=True):
+            _store(ref.at[here], x)
 
     def blocks(x):
         return x.reshape(n_rows, BLOCK)
@@ -87,7 +79,6 @@ def adamw_8bit_step(param, grad, moments, numbers, seed, stochastic):
     new = hopper.kernel(
         body,
         out_type=[] if in_place else [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in old],
-        scratch_types=[plgpu.SMEM((rows,), jnp.float32)] * 2,
         grid=(n_rows // rows,),
         grid_names=("block",),
         kernel_name="adamw_8bit_step",
@@ -95,3 +86,11 @@ def adamw_8bit_step(param, grad, moments, numbers, seed, stochastic):
     new = [ref[...] for ref in old] if in_place else new
     new_param, *updated = (x.reshape(like.shape) for x, like in zip(new, (param, *moments), strict=True))
     return new_param, Moments(*updated)
+
+
+def _store(ref, x):
+    """One lane of a warp writes a scale, which jax 0.12 wants to be told that it is meant; 0.11 has no such check."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, x, optimized=False)
+    else:
+        ref[...] = x

@@ -2,6 +2,8 @@
 
 Rows lie along lanes, so arrays are transposed to `[T, B]`; XLA fuses this with what made them. Positions are loaded
 `steps` at a time, before the first of them is needed: the walk would wait for memory at each of them otherwise.
+
+The value after the last token comes as one more position, whose reward it is as well: its advantage is 0.
 """
 
 import dataclasses
@@ -33,10 +35,10 @@ def reasons(r, v, mask, gamma, lam, next_v) -> list[str]:
 def gae_forward(r, v, mask, gamma, lam, next_v):
     """As `reference.gae_scan`."""
     b, t = r.shape
-    steps = config_for("gae_forward", Config(steps=min(32, pl.next_power_of_2(t))), b=b, t=t).steps
+    steps = config_for("gae_forward", Config(steps=min(32, pl.next_power_of_2(t + 1))), b=b, t=t).steps
     lanes = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
 
-    def body(r_ref, v_ref, mask_ref, next_v_ref, discount_ref, adv_ref):
+    def body(r_ref, v_ref, mask_ref, discount_ref, adv_ref):
         rows = pl.ds(lax.axis_index("rows") * LANES, LANES)
         gamma, decay = discount_ref[0], discount_ref[1]
 
@@ -54,22 +56,21 @@ def gae_forward(r, v, mask, gamma, lam, next_v):
             return next_adv, after
 
         nothing = plgpu.layout_cast(jnp.zeros((LANES,), jnp.float32), lanes)
-        lax.fori_loop(0, r_ref.shape[0] // steps, walk, (nothing, load(next_v_ref)))
+        lax.fori_loop(0, r_ref.shape[0] // steps, walk, (nothing, nothing))
 
-    def time_first(x):
-        return jnp.pad(x.T, ((0, -t % steps), (0, -b % LANES)))
+    def time_first(x, last):
+        return jnp.pad(jnp.concatenate([x.T, last[None]]), ((0, -(t + 1) % steps), (0, -b % LANES)))
 
     out = hopper.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((pl.cdiv(t, steps) * steps, pl.cdiv(b, LANES) * LANES), jnp.float32),
+        out_type=jax.ShapeDtypeStruct((pl.cdiv(t + 1, steps) * steps, pl.cdiv(b, LANES) * LANES), jnp.float32),
         grid=(pl.cdiv(b, LANES),),
         grid_names=("rows",),
         kernel_name="gae_forward",
     )(
-        time_first(r),
-        time_first(v),
-        time_first(mask.astype(jnp.int8)),
-        jnp.pad(next_v, (0, -b % LANES)),
+        time_first(r, next_v),
+        time_first(v, next_v),
+        time_first(mask.astype(jnp.int8), jnp.ones(b, jnp.int8)),
         jnp.stack([gamma, gamma * lam]),
     )
     return out[:t, :b].T

@@ -32,7 +32,7 @@ WARPGROUPS, WARPGROUP_ROWS = 2, 64
 ROWS = WARPGROUPS * WARPGROUP_ROWS  # of a block
 DEPTH = 64  # columns of hidden and head in one stage
 TOGETHER = 16  # blocks of rows; with CORES / 16 ranges of tiles twice as long, the least distinct data in flight
-PIECE = 64  # columns that go through the softmax together: registers do not hold a tile of everything
+PIECE = 128  # columns that go through the softmax together: registers do not hold a tile of everything
 LOG2E = math.log2(math.e)
 
 

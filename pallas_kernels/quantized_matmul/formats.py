@@ -4,14 +4,15 @@
     int4   w = (code - 8) scale          one scale a group of 64 inputs; codes 1..15, so -7..7, rounded to nearest even
     nf4    w = CODEBOOK[code] scale      the same groups; 16 quantiles of the normal distribution
 
-The scales of groups are stored in 8 bits. With `s = scale - offset`, where `offset` is the mean of all scales of a matrix,
+The scales of groups are stored in 8 bits. With `s = scale - offset`, where `offset` is the mean of a matrix's scales,
 
-    scale = DYNAMIC_MAP[code_of_s] block_scale + offset
+    scale = DYNAMIC_MAP[code of s] block_scale + offset
 
-and `block_scale` is the largest |s| of 256 scales that follow each other in row-major order [N, K/64]. The 4-bit codes lie
-as the kernel reads them, groups first: byte 8 t + j of a group holds elements 8 j + 2 t (low half) and 8 j + 2 t + 1, which
-is what thread t of four feeds to wgmma. `block_scale` is repeated along outputs, so that groups g have row g // (groups of
-one block that lie in one row), see `Quantized`.
+and `block_scale` is the largest |s| of 256 scales that follow each other in row-major order [N, K/64]. It is stored
+once for each run of groups that share it within a row, so that rows and groups can be taken apart.
+
+4-bit codes lie as the kernel reads them, groups first: byte 8 t + j of a group holds elements 8 j + 2 t (low half) and
+8 j + 2 t + 1, which is what thread t of four feeds to wgmma.
 
 Reference: Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, 2023.
 """
@@ -43,7 +44,7 @@ def _normal_float() -> np.ndarray:
 
 
 def _dynamic_map() -> np.ndarray:
-    """256 numbers in [-1, 1]: in each of 7 decades the midpoints of 1, 2, 4, ... 64 equal steps, both signs; 0 and 1."""
+    """256 numbers: in each of 7 decades below 1 the midpoints of 1, 2, 4, ... 64 equal steps, both signs; 0 and 1."""
     positive = []
     for exponent in range(7):
         steps = 2**exponent
@@ -92,7 +93,7 @@ class Quantized:
 
     codes: Int8[Array, "*L N K"] | UInt8[Array, "*L K/64 N 32"]
     scale: Float[Array, "*L N"] | UInt8[Array, "*L K/64 N"]
-    block_scale: Float[Array, "*L R N"] | None  # group g has row g // (K/64/R); 4 bits only
+    block_scale: Float[Array, "*L R N"] | None  # of runs of groups; 4 bits only
     offset: Float[Array, "*L"] | None  # 4 bits only
     format: str  # of FORMATS
 
@@ -103,6 +104,12 @@ class Quantized:
             return self.codes.shape
         *lead, groups, n, _ = self.codes.shape
         return (*lead, n, groups * GROUP)
+
+    @property
+    def run(self) -> int:
+        """Groups of a row that share a block scale: group g has `block_scale[g // run]`. 4 bits only."""
+        assert self.block_scale is not None
+        return self.scale.shape[-2] // self.block_scale.shape[-2]
 
     @property
     def nbytes(self) -> int:
@@ -151,10 +158,9 @@ def unpack(q: Quantized) -> UInt8[Array, "*L N K"]:
 
 def group_scales(q: Quantized) -> Float[Array, "*L K/64 N"]:
     """The scales of groups in float32."""
-    *lead, groups, n = q.scale.shape
-    run = groups // q.block_scale.shape[-2]
-    block = jnp.repeat(q.block_scale, run, axis=-2)
-    offset = lax.broadcast_in_dim(q.offset, q.scale.shape, range(len(lead)))
+    assert q.block_scale is not None and q.offset is not None
+    block = jnp.repeat(q.block_scale, q.run, axis=-2)
+    offset = lax.broadcast_in_dim(q.offset, q.scale.shape, range(q.offset.ndim))
     return jnp.asarray(DYNAMIC_MAP)[q.scale] * block + offset
 
 
@@ -171,8 +177,7 @@ def _to_int8(w: jax.Array) -> Quantized:
 
 
 def _to_4_bits(w: jax.Array, format: str) -> Quantized:
-    n, k = w.shape
-    grouped = w.astype(jnp.float32).reshape(n, -1, GROUP)
+    grouped = w.astype(jnp.float32).reshape(w.shape[0], -1, GROUP)
     largest = jnp.max(jnp.abs(grouped), axis=-1)
     if format == "nf4":
         unit = jnp.clip(grouped * _last(1 / largest, grouped.shape), -1, 1)

@@ -1,14 +1,14 @@
 """Forward kernel of `quantized_matmul`: codes go from device memory through shared memory to wgmma's registers.
 
 It computes out^T [N, M] = W [N, K] x^T [K, M], so that weights are wgmma's left operand, which may come from registers,
-and M may be as small as 8. A memory warpgroup keeps several steps of codes, scales and x in flight. Each compute
-warpgroup owns 64 rows of W. A thread restores two 4-bit weights with one load from a table in shared memory that has the
-two values of each byte, once for each bank: of 4 lane-operations a pair (shift, mask, load, product with the scale)
-two are for the integer units. At 3.0 TB/s 6.0e12 weights a second arrive; 3.2 operations a weight in machine code, with
-loads of codes and scales counted, are 1.9e13 of 3.3e13 lane-operations a second, of them integer operations 6e12 of
-1.6e13 and loads from shared memory 4.2e12 of 8e12.
-The scale of int8 belongs to a row of W and multiplies the result. Where there are too few blocks for all cores, they split
-K and write partial sums, which XLA adds.
+and M may be as small as 8. A memory warpgroup keeps several steps of codes, scales and x in flight; each compute
+warpgroup owns 64 rows of W. The scale of int8 belongs to a row of W and multiplies the result. Where blocks are too few
+for all cores, they split K and write partial sums, which XLA adds.
+
+A thread restores two 4-bit weights with one load from a table in shared memory that holds the two values of each byte,
+once for each bank: shift, mask, load, product with the scale. With loads of codes and scales the machine code has 3.2
+operations a weight, of them 1.0 for the integer units and 0.7 loads from shared memory. At 3.0 TB/s 6.0e12 weights
+arrive a second: 1.9e13 of 3.3e13 operations, 6e12 of 1.6e13 integer ones, 4e12 of 8e12 loads.
 """
 
 import dataclasses
@@ -45,12 +45,18 @@ class Config:
 def heuristic(m: int, n: int, k: int, format: str) -> Config:
     """Large tiles of x for compute; for few rows many warps, deep pipelines and splits of K for bandwidth."""
     tile_m = min(256, max(8, 1 << (m - 1).bit_length()))
-    small = tile_m <= 64
-    warpgroups = 4 if small and n % 256 == 0 else 2 if n % 128 == 0 else 1
+    while tile_m > 64 and pl.cdiv(m, tile_m) * (n // 128) < CORES // 2:
+        tile_m //= 2
+    warpgroups = 4 if tile_m <= 64 and n % 256 == 0 else 2 if n % 128 == 0 else 1
     rows = ROWS * warpgroups
     groups = 1 if tile_m > 32 else 2 if format == "int8" else 4
     blocks, steps = pl.cdiv(m, tile_m) * (n // rows), k // (GROUP * groups)
-    splits = next((s for s in (16, 8, 4, 2) if s * blocks <= CORES and steps >= 2 * s), 1) if small else 1
+
+    def worthwhile(splits: int) -> bool:
+        """Cores are free, pipelines still fill, and partial sums are small beside the codes."""
+        return splits * blocks <= CORES and 2 * splits <= steps and 32 * splits * tile_m <= k
+
+    splits = next(filter(worthwhile, (16, 8, 4, 2)), 1)
     code_bytes = GROUP if format == "int8" else GROUP // 2 + 1
     step_bytes = groups * (2 * GROUP * tile_m + rows * code_bytes) + 4 * rows
     constant_bytes = 2048 + 4 * rows * min(EPILOGUE, tile_m) + (33 * 1024 if format != "int8" else 0)
@@ -84,10 +90,12 @@ def quantized_matmul_forward(x: jax.Array, w: Quantized) -> jax.Array:
         x = jnp.pad(x, ((0, -rows_of_x % 8), (0, 0)))
     (m, k), n, dtype = x.shape, w.shape[0], x.dtype
     four_bits = w.format != "int8"
-    config = config_for("quantized_matmul_forward", heuristic(m, n, k, w.format), m=m, n=n, k=k, format=w.format, dtype=dtype)
+    config = config_for(
+        "quantized_matmul_forward", heuristic(m, n, k, w.format), m=m, n=n, k=k, format=w.format, dtype=dtype
+    )
     warpgroups, tile_m = config.warpgroups, config.tile_m
     rows, chunk = ROWS * warpgroups, min(EPILOGUE, config.tile_m)
-    run = (k // GROUP) // w.block_scale.shape[0] if four_bits else config.groups  # groups with the same block scale
+    run = w.run if four_bits else config.groups
     groups = math.gcd(config.groups, run, k // GROUP)
     steps = k // (GROUP * groups)
     splits = math.gcd(config.splits, steps)
@@ -95,14 +103,14 @@ def quantized_matmul_forward(x: jax.Array, w: Quantized) -> jax.Array:
     out_dtype = dtype if splits == 1 else jnp.float32
     own_rows = plgpu.Layout.WGMMA.reduce(1)
 
-    def body(x_ref, codes_ref, scale_ref, *refs):
+    def body(x_ref, codes_ref, scale_ref, *others):
         if four_bits:
-            block_scale_ref, offset_ref, pairs_ref, map_ref, *refs = refs
-        out_ref, out_tile, stage, table, map_tile, ready = refs
+            block_scale_ref, offset_ref, pairs_ref, map_ref = others[:4]
+        out_ref, out_tile, stages, table, map_tile, ready = others[-6:]
         wg, split = lax.axis_index("wg"), lax.axis_index("split")
         block_m, block_n = plgpu.planar_snake(lax.axis_index("block"), (m_blocks, n_blocks), 0, 8)
         first_row, first_step = block_n * rows, split * steps
-        stage = None if stage is None else stage.at[wg]
+        stage = None if stages is None else stages.at[wg]
         if four_bits:  # scales relative to their mean, so that in float16 they neither overflow nor vanish
             mean = offset_ref[0]
             inverse = jnp.where(mean > 0, 1 / mean, 0.0)
@@ -130,16 +138,14 @@ def quantized_matmul_forward(x: jax.Array, w: Quantized) -> jax.Array:
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(
                     out_tile.at[wg],
-                    out_ref.at[
-                        split, pl.ds(block_m * tile_m + start, chunk), pl.ds(first_row + wg * ROWS, ROWS)
-                    ],
+                    out_ref.at[split, pl.ds(block_m * tile_m + start, chunk), pl.ds(first_row + wg * ROWS, ROWS)],
                 )
             plgpu.wait_smem_to_gmem(0)
 
-        def step(_, x_tile, codes_tile, *scales_and_acc):
-            *scales, acc = scales_and_acc
+        def step(_, x_tile, codes_tile, *scale_tiles_and_acc):
+            *scale_tiles, acc = scale_tiles_and_acc
             if four_bits:
-                scale_tile, block_scale_tile = scales
+                scale_tile, block_scale_tile = scale_tiles
                 own = pl.ds(wg * ROWS, ROWS)
                 block_scale = plgpu.load(block_scale_tile.at[0, own], layout=own_rows, optimized=False) * inverse
                 scales = []
@@ -177,6 +183,7 @@ def quantized_matmul_forward(x: jax.Array, w: Quantized) -> jax.Array:
     codes = w.codes.reshape(k // GROUP, n // 8, 256) if four_bits else w.codes
     operands = [x, codes, w.scale]
     if four_bits:
+        assert w.block_scale is not None and w.offset is not None
         operands += [w.block_scale, w.offset.reshape(1), jnp.asarray(pairs(w.format, dtype)), jnp.asarray(DYNAMIC_MAP)]
     stage = tiles.staging((warpgroups, ROWS, GROUP * groups), dtype)
     partial = plgpu.kernel(

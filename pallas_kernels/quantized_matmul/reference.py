@@ -54,12 +54,14 @@ def _parts(w: Quantized, dtype: jnp.dtype) -> int:
 def _split(w: Quantized, parts: int) -> Quantized:
     """Parts of the outputs, on a new leading axis."""
 
-    def split(x: jax.Array | None, axis: int) -> jax.Array | None:
-        if x is None:
-            return None
+    def split(x: jax.Array, axis: int) -> jax.Array:
         axis += x.ndim
-        shape = (*x.shape[:axis], parts, -1, *x.shape[axis + 1 :])
-        return jnp.moveaxis(x.reshape(shape), axis, 0)
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], parts, -1, *x.shape[axis + 1 :]), axis, 0)
 
-    offset = None if w.offset is None else jnp.broadcast_to(w.offset[None], (parts,))
-    return Quantized(split(w.codes, -2), split(w.scale, -1), split(w.block_scale, -1), offset, w.format)
+    return Quantized(
+        split(w.codes, -2),
+        split(w.scale, -1),
+        None if w.block_scale is None else split(w.block_scale, -1),
+        None if w.offset is None else jnp.broadcast_to(w.offset[None], (parts,)),
+        w.format,
+    )

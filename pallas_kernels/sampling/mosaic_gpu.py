@@ -155,12 +155,10 @@ def sampling_forward(logits, words, scale, least):
     b, v = logits.shape
     splits = config_for("sampling_forward", heuristic(b, v), b=b, v=v, dtype=logits.dtype).splits
 
-    def body(logits_ref, scale_ref, *refs):
-        if words is not None:
-            words_ref, *refs = refs
-        if least is not None:
-            least_ref, *refs = refs
-        peak_ref, mass_ref, score_ref, column_ref = refs
+    def body(logits_ref, scale_ref, *rest):
+        *optional, peak_ref, mass_ref, score_ref, column_ref = rest
+        words_ref = None if words is None else optional.pop(0)
+        least_ref = None if least is None else optional.pop(0)
         index, split = lax.axis_index("row"), lax.axis_index("split")
         row = _Row(logits_ref, index, split, splits, LOADS)
         scale = scale_ref[index]
@@ -174,11 +172,11 @@ def sampling_forward(logits, words, scale, least):
             for start, x in vectors:
                 mass += jnp.exp2((x - highest) * scale)
                 score = x
-                if words is not None:
+                if words_ref is not None:
                     column = (row.local() + start).astype(jnp.uint32)
                     score = x * scale - jnp.log2(exponential((words_ref[index, 0], words_ref[index, 1]), column))
                 better = score > best
-                if least is not None:
+                if least_ref is not None:
                     better &= x > least_ref[index]
                 best, first = jnp.where(better, score, best), jnp.where(better, start, first)
             return highest, mass, best, first
@@ -210,10 +208,8 @@ def sampling_threshold(logits, scale, top_k, top_p):
     config = config_for("sampling_threshold", threshold_heuristic(b, v), b=b, v=v, dtype=logits.dtype, top_k=top_k > 0)
     workers = config.warpgroups
 
-    def body(logits_ref, scale_ref, *refs):
-        if top_p is not None:
-            top_p_ref, *refs = refs
-        key_ref, peak_ref, *scratch = refs
+    def body(logits_ref, scale_ref, *rest):
+        top_p_ref, key_ref, peak_ref, *scratch = (None, *rest) if top_p is None else rest
         index, worker = lax.axis_index("row"), lax.axis_index("worker")
         row = _Row(logits_ref, index, worker, workers, LOADS)
         scale = scale_ref[index]
@@ -269,7 +265,7 @@ def sampling_threshold(logits, scale, top_k, top_p):
         low, high = jnp.int32(smallest), jnp.int32(infinity)
         if top_k:
             low = bisect(low, high, jnp.float32(v), None, jnp.float32(top_k))
-        if top_p is not None:
+        if top_p_ref is not None:
             count, mass = above(low, peak)
             wanted = jnp.maximum(top_p_ref[index], jnp.finfo(jnp.float32).tiny) * mass
             low = bisect(low, jnp.where(top_p_ref[index] < 1, high, low + 1), count, peak, wanted)

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import hopper
+
 LOG2_E = 1.4426950408889634
 
 
@@ -87,9 +89,8 @@ def sample_reference(logits, words, scale, top_k, top_p, min_p):
 
 def search(x, mass, top_k, top_p, bits):
     """A key `[B]` that exactly the tokens kept by top-k and top-p exceed; `mass` is `exp((x - peak) / T)`."""
-    least, most = key_range(bits)
-    low, high = jnp.full(x.shape[:1], least), jnp.full(x.shape[:1], most)
-    count, none = jnp.full(x.shape[:1], x.shape[1]), jnp.zeros(x.shape[:1], jnp.int32)
+    start = [jnp.full(x.shape[:1], n) for n in (*key_range(bits), x.shape[1], 0)]
+    low, high, count, none = hopper.vary(start, hopper.varying_axes(x))
 
     def above(key, weight):
         return jnp.sum(jnp.where(x > to_float(key, bits)[:, None], weight, 0), axis=1)

@@ -149,9 +149,12 @@ class Decoder(nnx.Module):
     def prefill(
         self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"], slots: int
     ) -> tuple[Float[Array, "B S D"], KVCache]:
-        """Like `hidden` for left-padded tokens, and a cache of `slots` >= S places a row with these in the first S."""
+        """Like `hidden` for left-padded tokens, and a cache of `slots` >= S places a row with these in the first S.
+
+        The kernel that reads it wants a multiple of 8, which it is rounded up to.
+        """
         positions = count_positions(mask)
-        room = slots - tokens.shape[1]
+        room = -(-slots // 8) * 8 - tokens.shape[1]
         keys: list[Array] = []
         values: list[Array] = []
         x = self._embed(tokens, positions)

@@ -1,5 +1,6 @@
 """vmap, checkpoint, grad and shard_map through every operation, with XLA and with the kernel in the simulator."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -14,7 +15,21 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from pallas_kernels import hopper, rms_norm
+from pallas_kernels import (
+    Moments,
+    adamw_8bit,
+    decode_attention,
+    flash_attention,
+    gae,
+    hopper,
+    init_moments,
+    linear_logprob,
+    ppo_loss,
+    quantize,
+    quantized_matmul,
+    rms_norm,
+    sample,
+)
 from pallas_kernels.catalogue import CATALOGUE
 from tests.helpers.kernels import assert_close, normal
 from tests.helpers.tolerances import KERNEL
@@ -32,8 +47,83 @@ class Example(NamedTuple):
     differentiable: tuple[int, ...]
 
 
+def bf16(seed: int, *shape: int) -> jax.Array:
+    return normal(seed, shape, jnp.bfloat16)
+
+
+def attend(q, k, v, segments, implementation=None):
+    return flash_attention(q, k, v, segments=segments, implementation=implementation)
+
+
+def multiply(x, codes, scale, implementation=None):
+    return quantized_matmul(x, dataclasses.replace(WEIGHTS, codes=codes, scale=scale), implementation=implementation)
+
+
+def draw(logits, key, implementation=None):
+    return sample(logits, jax.random.wrap_key_data(key), implementation=implementation)
+
+
+def loss(logp, entropy, v, old_logp, adv, implementation=None):
+    return ppo_loss(
+        logp,
+        entropy,
+        v,
+        mask_t=adv > -1.0,
+        old_logp_t=old_logp,
+        adv_t=adv,
+        clip_low=0.2,
+        clip_high=0.2,
+        old_v_t=old_logp,
+        return_t=adv,
+        entropy_coef=0.1,
+        implementation=implementation,
+    ).total
+
+
+def estimate(r, v, mask, implementation=None):
+    return gae(r, v, mask, 0.99, 0.95, implementation=implementation)
+
+
+def optimise(param, grad, *moments, implementation=None):
+    new, after = adamw_8bit(param, grad, Moments(*moments), step=3, learning_rate=0.01, implementation=implementation)
+    return new, after.m_scales, after.v_scales
+
+
+N = DEVICES
+WEIGHTS = quantize(normal(9, (128, 128)), "int8")
+MOMENTS = jax.tree.map(lambda x: jnp.broadcast_to(x, (N, *x.shape)), init_moments(jnp.zeros((8, 256))))
+TOKENS = jnp.arange(N * 16, dtype=jnp.int32).reshape(N, 16)
 EXAMPLES = {
-    "rms_norm": Example(rms_norm, (normal(0, (DEVICES, 2, 256)), normal(1, (256,))), (True, False), (0, 1)),
+    "rms_norm": Example(rms_norm, (normal(0, (N, 2, 256)), normal(1, (256,))), (True, False), (0, 1)),
+    "flash_attention": Example(
+        attend,
+        (bf16(0, N, 1, 72, 2, 64), bf16(1, N, 1, 72, 1, 64), bf16(2, N, 1, 72, 1, 64), jnp.ones((N, 1, 72), jnp.int32)),
+        (True,) * 4,
+        (0, 1, 2),
+    ),
+    "decode_attention": Example(
+        decode_attention,
+        (bf16(0, N, 2, 4, 64), bf16(1, N, 2, 72, 2, 64), bf16(2, N, 2, 72, 2, 64), TOKENS[:, 1:3] % 72 + 1),
+        (True,) * 4,
+        (),
+    ),
+    "linear_logprob": Example(
+        linear_logprob, (0.1 * bf16(0, N, 16, 64), bf16(1, 192, 64), TOKENS % 192), (True, False, True), (0, 1)
+    ),
+    "quantized_matmul": Example(
+        multiply, (bf16(0, N, 3, 128), WEIGHTS.codes, WEIGHTS.scale), (True, False, False), (0,)
+    ),
+    "sampling": Example(
+        draw,
+        (normal(0, (N, 2, 1024)), jax.vmap(jax.random.key_data)(jax.random.split(jax.random.key(3), N))),
+        (True, True),
+        (),
+    ),
+    "ppo_loss": Example(loss, tuple(normal(i, (N, 2, 48), scale=0.1) for i in range(5)), (True,) * 5, (0, 1, 2)),
+    "gae": Example(
+        estimate, (normal(0, (N, 3, 40)), normal(1, (N, 3, 40)), normal(2, (N, 3, 40)) > -1.0), (True,) * 3, (0, 1)
+    ),
+    "adamw_8bit": Example(optimise, (normal(0, (N, 8, 256)), normal(1, (N, 8, 256)), *MOMENTS), (True,) * 6, ()),
 }
 
 
@@ -56,12 +146,17 @@ def scalar(function: Callable[..., Any], example: Example) -> Callable[..., jax.
     return jax.value_and_grad(loss, example.differentiable) if example.differentiable else loss
 
 
-def both(name: str, of: Callable[[Callable[..., Any]], Any]) -> None:
+def tolerance(name: str) -> float:
+    """Of results that are computed from the same inputs in another order."""
+    return max(KERNEL[name][str(EXAMPLES[name].args[0].dtype)], 2e-5)
+
+
+def both(name: str, of: Callable[[Callable[..., Any]], Any], *, detect_races: bool = True) -> None:
     """`of(function)` with the kernel in the simulator agrees with the same under XLA."""
     example = EXAMPLES[name]
-    with hopper.simulated():
+    with hopper.simulated(detect_races=detect_races):
         found = of(partial(example.function, implementation="mosaic_gpu"))
-    assert_close(found, of(example.function), max(KERNEL[name].values()))
+    assert_close(found, of(example.function), tolerance(name))
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -75,7 +170,7 @@ def test_vmap(name):
 
     both(name, mapped)
     one_by_one = [scalar(example.function, example)(*row(example, i)) for i in range(2)]
-    assert_close(mapped(example.function), jax.tree.map(lambda *x: jnp.stack(x), *one_by_one), 1e-5)
+    assert_close(mapped(example.function), jax.tree.map(lambda *x: jnp.stack(x), *one_by_one), tolerance(name))
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -83,7 +178,7 @@ def test_checkpoint(name):
     """The simulator has effects, which `jax.checkpoint` refuses; the kernel's program is lowered instead."""
     example, args = EXAMPLES[name], row(EXAMPLES[name], 0)
     remat = jax.jit(scalar(jax.checkpoint(example.function), example))
-    assert_close(remat(*args), scalar(example.function, example)(*args), 1e-5)
+    assert_close(remat(*args), scalar(example.function, example)(*args), tolerance(name))
     plain, again = (hopper.kernel_counts(hopper.lower(f, *args)) for f in (scalar(example.function, example), remat))
     assert plain and all(again[kernel] >= n for kernel, n in plain.items())
 
@@ -121,8 +216,9 @@ def shard(name: str) -> None:
         each = [scalar(function, example)(*row(example, i)) for i in range(DEVICES)]
         return jax.tree.map(lambda *x: jnp.sum(jnp.stack(x), axis=0), *each)
 
-    both(name, lambda function: spread(function, mesh)(*example.args))
-    assert_close(spread(example.function, mesh)(*example.args), summed(example.function), 1e-4)
+    # With four devices or more the simulator takes copies of different devices for races.
+    both(name, lambda function: spread(function, mesh)(*example.args), detect_races=False)
+    assert_close(spread(example.function, mesh)(*example.args), summed(example.function), 5 * tolerance(name))
     target = hopper.abstract_mesh(DEVICES)
     with jax.sharding.use_abstract_mesh(target):
         lowered = spread(example.function, target).trace(*example.args).lower(lowering_platforms=("cuda",))
