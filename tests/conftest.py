@@ -1,6 +1,9 @@
 """Strict modes for the whole suite: no silent type promotion, no silent rank promotion."""
 
+import os
 import tempfile
+
+os.environ.setdefault("NPROC", "16")  # XLA's threads: a simulated kernel whose warpgroups wait for each other needs one each
 
 import jax
 

@@ -23,10 +23,10 @@ def _call(name: str, model: str, batch: int, length: int) -> Call:
     q, k = shape(batch, length, sizes.heads, H), shape(batch, length, sizes.kv_heads, H)
     segments = shape(batch, length, dtype=jnp.int32)
     statistics = shape(batch, sizes.heads, length, dtype=jnp.float32)
-    product = batch * sizes.heads * length**2 * H  # one product of causal scores' size, two operations an element
+    product = batch * sizes.heads * length**2 * H  # operations of one product, half of it being masked
     queries, keys, rows = nbytes(q), nbytes(k), nbytes(statistics)
     tile = mosaic_gpu.ROWS * mosaic_gpu.WARPGROUPS
-    passes = length / tile / 2  # how often a streamed array is read, half of it being masked
+    passes = length / tile / 2  # over a streamed array
     costs = {
         "flash_attention_forward": Cost(
             2 * product, 2 * queries + 2 * keys + rows, 2 * queries + 2 * keys * group * passes + rows

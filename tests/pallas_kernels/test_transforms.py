@@ -111,7 +111,7 @@ EXAMPLES = {
         linear_logprob, (0.1 * bf16(0, N, 16, 64), bf16(1, 192, 64), TOKENS % 192), (True, False, True), (0, 1)
     ),
     "quantized_matmul": Example(
-        multiply, (bf16(0, N, 3, 128), WEIGHTS.codes, WEIGHTS.scale), (True, False, False), (0,)
+        multiply, (0.1 * bf16(0, N, 3, 128), WEIGHTS.codes, WEIGHTS.scale), (True, False, False), (0,)
     ),
     "sampling": Example(
         draw,
@@ -147,8 +147,8 @@ def scalar(function: Callable[..., Any], example: Example) -> Callable[..., jax.
 
 
 def tolerance(name: str) -> float:
-    """Of results that are computed from the same inputs in another order."""
-    return max(KERNEL[name][str(EXAMPLES[name].args[0].dtype)], 2e-5)
+    """Of results that are computed from the same inputs in another order: both sides round, hence twice."""
+    return max(2 * KERNEL[name][str(EXAMPLES[name].args[0].dtype)], 2e-5)
 
 
 def both(name: str, of: Callable[[Callable[..., Any]], Any], *, detect_races: bool = True) -> None:
