@@ -24,6 +24,7 @@ from typing import Any
 import jax
 from jax._src import config as jax_config
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend import core as jax_core
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 DEVICE_KIND = "NVIDIA H100 80GB HBM3"
@@ -108,9 +109,16 @@ def vary(tree: Any, axes: tuple[str, ...]) -> Any:
 
 def kernel(body: Callable, **options: Any) -> Callable[..., Any]:
     """`plgpu.kernel` for arrays that differ over the axes of a `shard_map`: its results differ over the same axes."""
+    call = plgpu.kernel(body, **options)
 
-    def run(*operands: Any) -> Any:
-        return vary(plgpu.kernel(body, **options)(*operands), varying_axes(operands))
+    def run(*operands: jax.Array) -> Any:
+        if not (axes := varying_axes(operands)):
+            return call(*operands)
+        # Traced as if nothing differed: a loop inside the kernel may carry what does and what does not.
+        plain = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands)
+        traced, shapes = jax.make_jaxpr(call, return_shape=True)(*plain)
+        results = jax_core.jaxpr_as_fun(traced)(*operands)
+        return vary(jax.tree.unflatten(jax.tree.structure(shapes), results), axes)
 
     return run
 

@@ -132,6 +132,7 @@ def seconds(function: Callable, args: tuple, repeats: int = 10) -> float:
     from jax.experimental.mosaic.gpu import profiler
 
     _, milliseconds = profiler.measure(function, iterations=repeats)(*args)
+    assert milliseconds is not None
     return statistics.median(milliseconds) / 1e3
 
 

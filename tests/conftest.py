@@ -3,7 +3,8 @@
 import os
 import tempfile
 
-os.environ.setdefault("NPROC", "16")  # XLA's threads: a simulated kernel whose warpgroups wait for each other needs one each
+# Threads of XLA: the warpgroups of a simulated kernel wait for each other, and each needs one.
+os.environ.setdefault("NPROC", "16")
 
 import jax
 

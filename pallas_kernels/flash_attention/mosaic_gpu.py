@@ -21,9 +21,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import tiles
+from pallas_kernels import hopper, tiles
 from pallas_kernels.flash_attention import visibility
-from pallas_kernels.hopper import CORES
 from pallas_kernels.tuning import choice, config_for
 
 DTYPES = (jnp.bfloat16, jnp.float16)
@@ -252,10 +251,10 @@ def flash_attention_forward(q, k, v, seen: visibility.Visibility, causal, scale,
 
     q_tiles = tiles.tile((WARPGROUPS, ROWS, H), q.dtype)
     k_tiles = tiles.tile((slots, block_kv, H), q.dtype)
-    return plgpu.kernel(
+    return hopper.kernel(
         body,
         out_type=[q, jax.ShapeDtypeStruct((B, N, visibility.padded(S)), jnp.float32)],
-        grid=(min(CORES, query_tiles * B * N),),
+        grid=(min(hopper.CORES, query_tiles * B * N),),
         grid_names=("core",),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",

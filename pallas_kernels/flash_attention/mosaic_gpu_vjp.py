@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import tiles
+from pallas_kernels import hopper, tiles
 from pallas_kernels.flash_attention import visibility
 from pallas_kernels.flash_attention.mosaic_gpu import (
     COMPUTE_REGISTERS,
@@ -31,7 +31,6 @@ from pallas_kernels.flash_attention.mosaic_gpu import (
     stage_of,
     tanh,
 )
-from pallas_kernels.hopper import CORES
 from pallas_kernels.tuning import choice, config_for
 
 
@@ -170,10 +169,10 @@ def _dq(q, k, v, dout, lse, delta, seen, causal, scale, soft_cap):
     k_tiles = tiles.tile((slots, block, H), q.dtype)
     row_tiles = plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32)
     resident = (q_tiles, q_tiles, row_tiles, row_tiles, plgpu.SMEM((WARPGROUPS, 2, ROWS), jnp.int32))
-    return plgpu.kernel(
+    return hopper.kernel(
         body,
         out_type=q,
-        grid=(min(CORES, query_tiles * B * N),),
+        grid=(min(hopper.CORES, query_tiles * B * N),),
         grid_names=("core",),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
@@ -315,10 +314,10 @@ def _dkv(q, k, v, dout, lse, delta, seen, causal, scale, soft_cap):
     q_tiles = tiles.tile((slots, block, H), q.dtype)
     row_tiles = plgpu.SMEM((slots, block), jnp.float32)
     resident = (k_tiles, k_tiles, plgpu.SMEM((parts, 2, ROWS), jnp.int32))
-    return plgpu.kernel(
+    return hopper.kernel(
         body,
         out_type=[k, v],
-        grid=(min(CORES, key_tiles * B * K),),
+        grid=(min(hopper.CORES, key_tiles * B * K),),
         grid_names=("core",),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",

@@ -21,8 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import tiles
-from pallas_kernels.hopper import CORES
+from pallas_kernels import hopper, tiles
 from pallas_kernels.linear_logprob.chunked import LOWEST
 from pallas_kernels.tuning import choice, config_for
 
@@ -31,7 +30,7 @@ SWIZZLED = (8, 64)  # rows and columns; copies of tiles want arrays of whole one
 WARPGROUPS, WARPGROUP_ROWS = 2, 64
 ROWS = WARPGROUPS * WARPGROUP_ROWS  # of a block
 DEPTH = 64  # columns of hidden and head in one stage
-TOGETHER = 16  # blocks of rows; with CORES / 16 ranges of tiles twice as long, the least distinct data in flight
+TOGETHER = 16  # blocks of rows; with hopper.CORES / 16 ranges of tiles twice as long, the least distinct data in flight
 PIECE = 128  # columns that go through the softmax together: registers do not hold a tile of everything
 LOG2E = math.log2(math.e)
 
@@ -50,7 +49,7 @@ def heuristic(m: int, v: int) -> Config:
     """Even groups of blocks of rows, each of which fills the cores once."""
     columns, blocks = 256, pl.cdiv(m, ROWS)
     group = pl.cdiv(blocks, pl.cdiv(blocks, TOGETHER))
-    return Config(columns, 4, group, min(CORES // group, pl.cdiv(v, columns)))
+    return Config(columns, 4, group, min(hopper.CORES // group, pl.cdiv(v, columns)))
 
 
 def reasons(hidden, head, targets, temperature, chunk, soft_cap) -> list[str]:
@@ -153,7 +152,7 @@ def over_logits(
             finish(lax.fori_loop(low, high, step, carry))
 
     groups = pl.cdiv(m, ROWS * config.group)
-    return plgpu.kernel(
+    return hopper.kernel(
         body,
         out_type=out_type,
         grid=(groups, ranges, config.group),

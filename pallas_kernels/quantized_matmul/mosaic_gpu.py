@@ -21,8 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import tiles
-from pallas_kernels.hopper import CORES, SHARED_MEMORY
+from pallas_kernels import hopper, tiles
 from pallas_kernels.quantized_matmul.formats import CODEBOOKS, DYNAMIC_MAP, GROUP, Quantized
 from pallas_kernels.tuning import choice, config_for
 
@@ -45,7 +44,7 @@ class Config:
 def heuristic(m: int, n: int, k: int, format: str) -> Config:
     """Large tiles of x for compute; for few rows many warps, deep pipelines and splits of K for bandwidth."""
     tile_m = min(256, max(8, 1 << (m - 1).bit_length()))
-    while tile_m > 64 and pl.cdiv(m, tile_m) * (n // 128) < CORES // 2:
+    while tile_m > 64 and pl.cdiv(m, tile_m) * (n // 128) < hopper.CORES // 2:
         tile_m //= 2
     warpgroups = 4 if tile_m <= 64 and n % 256 == 0 else 2 if n % 128 == 0 else 1
     rows = ROWS * warpgroups
@@ -54,13 +53,13 @@ def heuristic(m: int, n: int, k: int, format: str) -> Config:
 
     def worthwhile(splits: int) -> bool:
         """Cores are free, pipelines still fill, and partial sums are small beside the codes."""
-        return splits * blocks <= CORES and 2 * splits <= steps and 32 * splits * tile_m <= k
+        return splits * blocks <= hopper.CORES and 2 * splits <= steps and 32 * splits * tile_m <= k
 
     splits = next(filter(worthwhile, (16, 8, 4, 2)), 1)
     code_bytes = GROUP if format == "int8" else GROUP // 2 + 1
     step_bytes = groups * (2 * GROUP * tile_m + rows * code_bytes) + 4 * rows
     constant_bytes = 2048 + 4 * rows * min(EPILOGUE, tile_m) + (33 * 1024 if format != "int8" else 0)
-    stages = next((s for s in (8, 6, 4, 3) if s * step_bytes + constant_bytes <= SHARED_MEMORY), 2)
+    stages = next((s for s in (8, 6, 4, 3) if s * step_bytes + constant_bytes <= hopper.SHARED_MEMORY), 2)
     return Config(tile_m, warpgroups, groups, stages, splits)
 
 
@@ -186,7 +185,7 @@ def quantized_matmul_forward(x: jax.Array, w: Quantized) -> jax.Array:
         assert w.block_scale is not None and w.offset is not None
         operands += [w.block_scale, w.offset.reshape(1), jnp.asarray(pairs(w.format, dtype)), jnp.asarray(DYNAMIC_MAP)]
     stage = tiles.staging((warpgroups, ROWS, GROUP * groups), dtype)
-    partial = plgpu.kernel(
+    partial = hopper.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((splits, m, n), out_dtype),
         grid=(m_blocks * n_blocks, splits),
