@@ -10,6 +10,8 @@ computes each slice of the logits z again, and with p = e^(z-lse)
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import hopper
+
 LOWEST = -1e30  # stands for minus infinity, of which differences are NaN
 SLICE_BYTES = 16 * 2**20  # of the float32 logits held at a time
 
@@ -52,7 +54,7 @@ def linear_logprob_forward(hidden, head, targets, temperature, chunk, soft_cap):
         total = jnp.exp(fall) * total + e.sum(axis=1)
         return (new_peak, total, weighted), None
 
-    carry = (jnp.full((rows,), LOWEST), jnp.zeros((rows,)), jnp.zeros((rows,)))
+    carry = alike((jnp.full((rows,), LOWEST), jnp.zeros((rows,)), jnp.zeros((rows,))), hidden, head)
     (peak, total, weighted), _ = lax.scan(step, carry, slices(vocabulary, chunk))
     lse = peak + jnp.log(total)
     target = jnp.einsum("md,md->m", hidden, head[targets], preferred_element_type=jnp.float32)
@@ -77,6 +79,11 @@ def linear_logprob_backward(hidden, head, targets, temperature, results, cotange
     return gradients(gradient, hidden, head, chunk, frozen=frozen)
 
 
+def alike(carry, *arrays):
+    """A loop's first carry, varying over devices as the arrays do that it meets."""
+    return hopper.vary(carry, hopper.varying_axes(arrays))
+
+
 def gradients(gradient, hidden, head, chunk, *, frozen):
     """Gradients of hidden and head from `gradient(start, rows)`, that of the logits `[M, chunk]` of one slice."""
     vocabulary = head.shape[0]
@@ -94,6 +101,6 @@ def gradients(gradient, hidden, head, chunk, *, frozen):
         d_hidden += jnp.einsum("mv,vd->md", d_z, rows, preferred_element_type=jnp.float32)
         return (d_hidden, d_head), None
 
-    carry = jnp.zeros(hidden.shape, jnp.float32), None if frozen else jnp.zeros_like(head)
+    carry = alike((jnp.zeros(hidden.shape, jnp.float32), None if frozen else jnp.zeros_like(head)), hidden, head)
     (d_hidden, d_head), _ = lax.scan(step, carry, slices(vocabulary, chunk))
     return d_hidden.astype(hidden.dtype), d_head
