@@ -88,6 +88,21 @@ def why_not_hopper() -> list[str]:
     ]
 
 
+def cores() -> int:
+    """Multiprocessors of the device that code traced here is for.
+
+    The simulated one has two: every block of a simulated kernel is compiled anew, and blocks that stay for several
+    pieces of work should have several.
+    """
+    if is_simulated():
+        return 2
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract is None:
+        device = jax.devices()[0]
+        return device.core_count if device.platform == "gpu" else CORES
+    return abstract.num_cores
+
+
 # Inside shard_map
 
 

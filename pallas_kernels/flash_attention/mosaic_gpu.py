@@ -254,7 +254,7 @@ def flash_attention_forward(q, k, v, seen: visibility.Visibility, causal, scale,
     return hopper.kernel(
         body,
         out_type=[q, jax.ShapeDtypeStruct((B, N, visibility.padded(S)), jnp.float32)],
-        grid=(min(hopper.CORES, query_tiles * B * N),),
+        grid=(min(hopper.cores(), query_tiles * B * N),),
         grid_names=("core",),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",

@@ -172,7 +172,7 @@ def _dq(q, k, v, dout, lse, delta, seen, causal, scale, soft_cap):
     return hopper.kernel(
         body,
         out_type=q,
-        grid=(min(hopper.CORES, query_tiles * B * N),),
+        grid=(min(hopper.cores(), query_tiles * B * N),),
         grid_names=("core",),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
@@ -317,7 +317,7 @@ def _dkv(q, k, v, dout, lse, delta, seen, causal, scale, soft_cap):
     return hopper.kernel(
         body,
         out_type=[k, v],
-        grid=(min(hopper.CORES, key_tiles * B * K),),
+        grid=(min(hopper.cores(), key_tiles * B * K),),
         grid_names=("core",),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",

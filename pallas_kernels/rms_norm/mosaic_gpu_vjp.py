@@ -27,7 +27,7 @@ class Config:
 
 def heuristic(m: int, d: int) -> Config:
     """A few blocks a core; a wide row leaves registers for fewer."""
-    return Config(blocks=hopper.CORES * (2 if d > 4096 else 4))
+    return Config(blocks=hopper.cores() * (2 if d > 4096 else 4))
 
 
 def rms_norm_backward(h, scale, rstd, dy, dh, offset):
