@@ -21,6 +21,7 @@ def examine(model: str = "8b") -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "devices": [_device(device) for device in jax.devices()],
         "compiler_for_h100": {"missing": hopper.toolchain()},
+        "against_kernels": hopper.why_not_hopper(),
         "model": model,
         "kernels": _kernels(model),
     }
@@ -43,7 +44,7 @@ def _kernels(model: str) -> list[dict[str, Any]]:
     for entry in CATALOGUE.values():
         for call in entry.calls(model):
             with dispatch.record() as choices:
-                jax.eval_shape(call.function, *call.args)
+                jax.eval_shape(lambda *args, call=call: call.function(*args), *call.args)
             found.append({"call": call.name, **choices[0]._asdict()})
     return found
 
@@ -58,9 +59,16 @@ def show(found: dict[str, Any]) -> None:
         rich.print(f"device: {device['kind']} ({device['platform']}{size})")
     missing = found["compiler_for_h100"]["missing"]
     rich.print("compiler for an H100: " + ("here" if not missing else "; ".join(missing)))
-    title = f"Kernels at the shapes of a model of size {found['model']}"
-    table = rich.table.Table("call", "runs", "because", title=title)
+    if of_device := found["against_kernels"]:
+        rich.print("no Hopper kernel runs here: " + "; ".join(of_device))
+    title = f"Operations at the shapes of a model of size {found['model']}"
+    table = rich.table.Table("call", "runs", "also against the kernel" if of_device else "because", title=title)
     for row in found["kernels"]:
-        reasons = [f"{name}: {reason}" for name, reasons in row["against"].items() for reason in reasons]
+        reasons = [
+            f"{name}: {reason}"
+            for name, all_of_it in row["against"].items()
+            for reason in all_of_it
+            if reason not in of_device
+        ]
         table.add_row(f"{row['operation']}: {row['call']}", row["implementation"], "\n".join(reasons))
     rich.print(table)
