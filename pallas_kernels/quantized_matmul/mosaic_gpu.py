@@ -23,6 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper, tiles
 from pallas_kernels.quantized_matmul.formats import CODEBOOKS, DYNAMIC_MAP, GROUP, Quantized
+from pallas_kernels.quantized_matmul.lookup import lookup, lookup_pairs
 from pallas_kernels.tuning import choice, config_for
 
 DTYPES = (jnp.bfloat16, jnp.float16)
@@ -150,8 +151,8 @@ def quantized_matmul_forward(x: jax.Array, w: Quantized) -> jax.Array:
                 scales = []
                 for g in range(groups):
                     code = plgpu.load(scale_tile.at[g, own], layout=own_rows, optimized=False)
-                    scales.append((tiles.lookup(map_tile, code) * block_scale + 1).astype(dtype))
-                weights = tiles.lookup_pairs(codes_tile.at[:, pl.ds(wg * 8, 8)], table, scales)
+                    scales.append((lookup(map_tile, code) * block_scale + 1).astype(dtype))
+                weights = lookup_pairs(codes_tile.at[:, pl.ds(wg * 8, 8)], table, scales)
             else:
                 codes = plgpu.load(codes_tile.at[pl.ds(wg * ROWS, ROWS)], layout=plgpu.Layout.WGMMA_UPCAST_2X)
                 weights = plgpu.layout_cast(codes.astype(dtype), plgpu.Layout.WGMMA)

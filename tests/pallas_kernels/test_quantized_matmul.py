@@ -1,7 +1,6 @@
 """quantized_matmul: the kernel simulated against the reference, that against NumPy, NF4 against bitsandbytes."""
 
 import itertools
-import os
 from functools import partial
 from pathlib import Path
 
@@ -17,9 +16,6 @@ from pallas_kernels.quantized_matmul.formats import DYNAMIC_MAP, FORMATS
 from pallas_kernels.quantized_matmul.mosaic_gpu import Config
 from tests.helpers.kernels import assert_agrees, assert_close, normal
 from tests.helpers.tolerances import F32, KERNEL
-
-# The simulator needs a thread of XLA's pool for each warpgroup that waits; by default there is one for each core.
-os.environ.setdefault("NPROC", "16")
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "nf4" / "nf4.npz"
 
