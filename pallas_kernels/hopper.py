@@ -158,12 +158,23 @@ def simulated(*, detect_races: bool = True) -> Iterator[None]:
         with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=detect_races)):
             yield
             jax.effects_barrier()
+        if detect_races and _races_found(simulator):
+            raise RaceError("the simulator found a data race; it printed the accesses")
     except jax.errors.JaxRuntimeError as error:
         if "RACE DETECTED" not in str(error):
             raise
         raise RaceError(str(error).partition("RACE DETECTED")[2].strip()) from None
     finally:
         simulator.reset_gpu_interpret_mode_state()
+
+
+def _races_found(simulator: Any) -> bool:
+    """Before 0.12 jax remembers a race instead of raising an error."""
+    try:
+        races = simulator.get_races()
+    except AssertionError:  # no kernel ran
+        return False
+    return races is not None and races.races_found
 
 
 # Lowered
