@@ -11,7 +11,7 @@ import pytest
 
 from pallas_kernels import Moments, adamw_8bit, hopper, init_moments, tuning
 from pallas_kernels.adamw_8bit import mosaic_gpu, reference
-from tests.helpers.kernels import normal
+from tests.helpers.agreement import normal
 from tests.helpers.tolerances import F32, KERNEL
 
 NUMBERS = {"learning_rate": 1e-2, "b1": 0.9, "b2": 0.99, "eps": 1e-6, "weight_decay": 0.1}

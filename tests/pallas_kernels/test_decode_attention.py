@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import decode_attention, hopper, quantize_cache
-from tests.helpers.kernels import assert_agrees, assert_close, normal
+from tests.helpers.agreement import assert_agrees, assert_close, normal
 from tests.helpers.tolerances import F32, KERNEL
 
 # rows, slots, query heads, key/value heads, width

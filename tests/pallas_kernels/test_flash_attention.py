@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import flash_attention
-from tests.helpers.kernels import assert_agrees, assert_close, normal
+from tests.helpers.agreement import assert_agrees, assert_close, normal
 from tests.helpers.tolerances import F32
 
 

@@ -8,7 +8,7 @@ from jax.test_util import check_grads
 
 from pallas_kernels import gae, hopper, tuning
 from pallas_kernels.gae.mosaic_gpu import Config
-from tests.helpers.kernels import assert_agrees, normal
+from tests.helpers.agreement import assert_agrees, normal
 from tests.helpers.tolerances import F32, KERNEL
 
 XLA = ("scan", "associative_scan")

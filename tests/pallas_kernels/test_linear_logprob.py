@@ -11,7 +11,7 @@ import pytest
 
 from pallas_kernels import hopper, linear_logprob, tuning
 from pallas_kernels.linear_logprob.mosaic_gpu import Config, heuristic
-from tests.helpers.kernels import assert_agrees, normal
+from tests.helpers.agreement import assert_agrees, normal
 from tests.helpers.tolerances import F32
 
 SINGLE, PAIR, SPLIT = Config(64, 2, 1, 1), Config(64, 2, 2, 1), Config(64, 3, 1, 2)  # columns, stages, group, splits

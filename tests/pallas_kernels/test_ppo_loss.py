@@ -11,7 +11,7 @@ import pytest
 
 from pallas_kernels import hopper, ppo_loss
 from pallas_kernels.ppo_loss.reference import KLEstimator
-from tests.helpers.kernels import assert_agrees, normal
+from tests.helpers.agreement import assert_agrees, normal
 from tests.helpers.tolerances import F32
 
 ESTIMATORS = get_args(KLEstimator.__value__)

@@ -14,7 +14,7 @@ from pallas_kernels import Quantized, dequantize, hopper, quantize, quantized_ma
 from pallas_kernels.quantized_matmul import reference
 from pallas_kernels.quantized_matmul.formats import DYNAMIC_MAP, FORMATS
 from pallas_kernels.quantized_matmul.mosaic_gpu import Config
-from tests.helpers.kernels import assert_agrees, assert_close, normal
+from tests.helpers.agreement import assert_agrees, assert_close, normal
 from tests.helpers.tolerances import F32, KERNEL
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "nf4" / "nf4.npz"

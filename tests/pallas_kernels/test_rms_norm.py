@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import rms_norm
-from tests.helpers.kernels import assert_agrees, normal
+from tests.helpers.agreement import assert_agrees, normal
 from tests.helpers.tolerances import F32
 
 CASES = [

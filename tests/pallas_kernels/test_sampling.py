@@ -13,7 +13,7 @@ from scipy import stats
 from pallas_kernels import hopper, sample, tuning
 from pallas_kernels.sampling.mosaic_gpu import Config, ThresholdConfig
 from pallas_kernels.sampling.reference import LOG2_E, exponential, key_bits, search, threshold
-from tests.helpers.kernels import assert_agrees, normal
+from tests.helpers.agreement import assert_agrees, normal
 
 KEY = jax.random.key(11)
 LIKELY = 1e-3  # a chi-square test with a fixed seed must not be less likely than this

@@ -31,7 +31,7 @@ from pallas_kernels import (
     sample,
 )
 from pallas_kernels.catalogue import CATALOGUE
-from tests.helpers.kernels import assert_close, normal
+from tests.helpers.agreement import assert_close, normal
 from tests.helpers.tolerances import KERNEL
 
 ROOT = Path(__file__).parents[2]
