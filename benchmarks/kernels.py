@@ -15,7 +15,6 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -49,7 +48,8 @@ def kernel_times(function: Callable, args: tuple) -> list[list[tuple[str, float]
     """Microseconds of each GPU kernel in turn, for each of 10 runs."""
     from jax.experimental.mosaic.gpu import profiler
 
-    _, runs = profiler.measure(jax.jit(function), aggregate=False, iterations=10)(*args)
+    # A function of its own, so that it is traced anew: what runs depends on more than the arguments.
+    _, runs = profiler.measure(jax.jit(lambda *args: function(*args)), aggregate=False, iterations=10)(*args)
     return [[(name, 1e3 * milliseconds) for name, milliseconds in run] for run in runs]
 
 
@@ -61,9 +61,9 @@ def total(runs: list[list[tuple[str, float]]], name: str = "") -> float:
 def timed(call: Call) -> list[dict[str, Any]]:
     """A row for each kernel of a call, measured on this GPU."""
     args = random_arguments(call)
-    ours = kernel_times(partial(call.function), args)
+    ours = kernel_times(call.function, args)
     with dispatch.prefer("xla", "chunked", "scan"):
-        theirs = kernel_times(partial(call.function), args)
+        theirs = kernel_times(call.function, args)
     return [
         {
             "call": call.name,

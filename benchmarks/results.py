@@ -9,7 +9,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import rich
+import rich.console
+import rich.measure
 import rich.table
 
 FOLDER = Path(__file__).parent / "results"
@@ -21,7 +22,10 @@ def report(name: str, rows: list[dict[str, Any]]) -> None:
     table = rich.table.Table(*rows[0])
     for row in rows:
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
-    rich.print(table)
+    console = rich.console.Console()
+    unbounded = console.options.update(max_width=1000)
+    width = max(console.width, rich.measure.Measurement.get(console, unbounded, table).maximum)
+    console.print(table, width=width, crop=False)  # a terminal may wrap the lines, but no figure is cut off
     FOLDER.mkdir(exist_ok=True)
     path, new = FOLDER / f"{name}.csv", not (FOLDER / f"{name}.csv").exists()
     with path.open("a", encoding="utf-8", newline="") as file:

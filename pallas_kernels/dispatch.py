@@ -9,7 +9,7 @@ import contextvars
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from pallas_kernels import hopper
+from pallas_kernels import hopper, launch
 
 
 class Choice(NamedTuple):
@@ -58,6 +58,11 @@ class Implementation(NamedTuple):
     reasons: Callable[..., list[str]] = lambda *args, **kwargs: []  # against serving this call; empty: it can
 
 
+def hopper_kernel(run: Callable[..., Any], reasons: Callable[..., list[str]]) -> Implementation:
+    """An implementation by Mosaic kernels; `reasons` are those against shapes and dtypes."""
+    return Implementation(run, lambda *args, **kwargs: hopper.why_not_hopper() + reasons(*args, **kwargs))
+
+
 class Operation(NamedTuple):
     """A name and its implementations, best first."""
 
@@ -76,7 +81,7 @@ class Operation(NamedTuple):
             raise ValueError(f"{self.name}: implementation={implementation!r}; accepted: {accepted}, None")
         if implementation is None:
             implementation = next((name for name in _preferred.get() if name in self.implementations), None)
-        args, kwargs = hopper.vary((args, kwargs), hopper.varying_axes(args, kwargs))
+        args, kwargs = launch.vary((args, kwargs), launch.varying_axes(args, kwargs))
         against: dict[str, list[str]] = {}
         for name in self.implementations if implementation is None else [implementation]:
             candidate = self.implementations[name]

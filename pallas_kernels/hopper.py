@@ -24,7 +24,6 @@ from typing import Any
 import jax
 from jax._src import config as jax_config
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.extend import core as jax_core
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 DEVICE_KIND = "NVIDIA H100 80GB HBM3"
@@ -101,41 +100,6 @@ def cores() -> int:
         device = jax.devices()[0]
         return device.core_count if device.platform == "gpu" else CORES
     return abstract.num_cores
-
-
-# Inside shard_map
-
-
-def varying_axes(*trees: Any) -> tuple[str, ...]:
-    """Mesh axes of a surrounding `shard_map` over which any of the arrays differs from device to device."""
-    kinds = (jax.typeof(x).manual_axis_type for x in jax.tree.leaves(trees) if isinstance(x, jax.Array))
-    return tuple(sorted(frozenset[str]().union(*(kind.varying for kind in kinds))))
-
-
-def vary(tree: Any, axes: tuple[str, ...]) -> Any:
-    """Declares the arrays of `tree` to differ over `axes`; with gradients, the sum over devices is taken here."""
-
-    def cast(x: Any) -> Any:
-        missing = tuple(a for a in axes if a not in varying_axes(x)) if isinstance(x, jax.Array) else ()
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(cast, tree)
-
-
-def kernel(body: Callable, **options: Any) -> Callable[..., Any]:
-    """`plgpu.kernel` for arrays that differ over the axes of a `shard_map`: its results differ over the same axes."""
-    call = plgpu.kernel(body, **options)
-
-    def run(*operands: jax.Array) -> Any:
-        if not (axes := varying_axes(operands)):
-            return call(*operands)
-        # Traced as if nothing differed: a loop inside the kernel may carry what does and what does not.
-        plain = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands)
-        traced, shapes = jax.make_jaxpr(call, return_shape=True)(*plain)
-        results = jax_core.jaxpr_as_fun(traced)(*operands)
-        return vary(jax.tree.unflatten(jax.tree.structure(shapes), results), axes)
-
-    return run
 
 
 # Simulated
@@ -313,10 +277,11 @@ class MachineCode:
 
 
 def machine_code(function: Callable, *args: Any, **kwargs: Any) -> list[MachineCode]:
-    """Compiles `function` for an H100 and reports each Mosaic kernel that had not been compiled in this process.
+    """Compiles `function` for an H100 and reports each of its Mosaic kernels.
 
     Raises:
       NotImplementedError: see `toolchain`.
+      RuntimeError: a kernel had been compiled before in this process, and so was not now.
     """
     jax.clear_caches()  # a kernel that was lowered before would not be reported
     with tempfile.TemporaryDirectory() as folder:
@@ -327,7 +292,9 @@ def machine_code(function: Callable, *args: Any, **kwargs: Any) -> list[MachineC
             del os.environ["MOSAIC_GPU_DUMP_TO"]
         # XLA and Mosaic number the kernels of a module apart; both number them in the order of the program.
         found = [_dumped(Path(folder), kind) for kind in (".ptxas", ".resources.txt")]
-        assert [kernel for kernel, _ in found[0]] == [kernel for kernel, _ in found[1]]
+        compiled, lowered = ([kernel for kernel, _ in each] for each in found)
+        if compiled != lowered:
+            raise RuntimeError(f"of {', '.join(lowered)} some had been compiled before; now: {', '.join(compiled)}")
         return [_report(kernel, said, used) for (kernel, said), (_, used) in zip(*found, strict=True)]
 
 

@@ -62,17 +62,23 @@ def nbytes(*arrays: jax.ShapeDtypeStruct) -> int:
     return sum(a.size * a.dtype.itemsize for a in arrays)
 
 
+def partial_vjp(function: Callable[..., Any], args: tuple, differentiable: tuple[int, ...]) -> tuple[Any, Callable]:
+    """`jax.vjp` of a function with respect to some of its arguments."""
+
+    def of(*chosen: Any) -> Any:
+        full = list(args)
+        for i, x in zip(differentiable, chosen, strict=True):
+            full[i] = x
+        return function(*full)
+
+    return jax.vjp(of, *(args[i] for i in differentiable))
+
+
 def forward_and_backward(function: Callable[..., Any], *differentiable: int) -> Callable[..., Any]:
     """A function of the same arguments that returns results and gradients, with cotangents of ones."""
 
     def both(*args: Any) -> Any:
-        def of(*chosen: Any) -> Any:
-            full = list(args)
-            for i, x in zip(differentiable, chosen, strict=True):
-                full[i] = x
-            return function(*full)
-
-        out, pull = jax.vjp(of, *(args[i] for i in differentiable))
+        out, pull = partial_vjp(function, args, differentiable)
         return out, pull(jax.tree.map(jnp.ones_like, out))
 
     return both

@@ -5,10 +5,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
-from pallas_kernels import hopper
 from pallas_kernels.adamw_8bit import mosaic_gpu
 from pallas_kernels.adamw_8bit.reference import BLOCK, Moments, Numbers, adamw_8bit_reference, mix
-from pallas_kernels.dispatch import Implementation, Operation
+from pallas_kernels.dispatch import Implementation, Operation, hopper_kernel
 
 type Number = Float[Array, ""] | float
 
@@ -98,9 +97,7 @@ def _seed(key, step):
 OPERATION = Operation(
     "adamw_8bit",
     {
-        "mosaic_gpu": Implementation(
-            mosaic_gpu.adamw_8bit_step, lambda *args: hopper.why_not_hopper() + mosaic_gpu.reasons(*args)
-        ),
+        "mosaic_gpu": hopper_kernel(mosaic_gpu.adamw_8bit_step, mosaic_gpu.reasons),
         "xla": Implementation(adamw_8bit_reference),
     },
 )

@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import hopper
+from pallas_kernels import launch
 from pallas_kernels.adamw_8bit.reference import BLOCK, Moments, Numbers, update_blocks
 from pallas_kernels.tuning import choice, config_for
 
@@ -52,7 +52,7 @@ def adamw_8bit_step(param, grad, moments, numbers, seed, stochastic):
     n_rows = param.size // BLOCK
     key = {"rows": n_rows, "param": param.dtype, "grad": grad.dtype}
     rows = math.gcd(n_rows, config_for("adamw_8bit_step", heuristic(), **key).rows)
-    in_place = not hopper.varying_axes(param, grad, moments, numbers, seed)
+    in_place = not launch.varying_axes(param, grad, moments, numbers, seed)
 
     def body(*refs):
         old_refs, (grad_ref, numbers_ref, seed_ref), new_refs = refs[:5], refs[5:8], refs[8:]
@@ -76,7 +76,7 @@ def adamw_8bit_step(param, grad, moments, numbers, seed, stochastic):
 
     old = [blocks(param), blocks(moments.m_codes), moments.m_scales, blocks(moments.v_codes), moments.v_scales]
     old = [jax.new_ref(x) for x in old] if in_place else old
-    new = hopper.kernel(
+    new = launch.kernel(
         body,
         out_type=[] if in_place else [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in old],
         grid=(n_rows // rows,),

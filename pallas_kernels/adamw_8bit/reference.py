@@ -18,6 +18,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int8, UInt8, UInt32
 
+from pallas_kernels.numerics import over_rows
+
 BLOCK = 256  # elements that share a scale
 SMALLEST = 2.0**-90  # scale, so that its reciprocal is finite
 
@@ -59,13 +61,13 @@ def update_blocks(param, grad, moments: Moments, numbers: Numbers, seed, first_r
 def decode_m(codes, scales):
     """Values of signed codes."""
     c = codes.astype(jnp.float32)
-    return c * jnp.abs(c) * along_rows(scales * (1 / 127**2), c.shape)
+    return c * jnp.abs(c) * over_rows(scales * (1 / 127**2), c.shape)
 
 
 def encode_m(m):
     """Codes and scales."""
     scales = jnp.maximum(jnp.max(jnp.abs(m), axis=1), SMALLEST)
-    root = jnp.sqrt(jnp.abs(m) * along_rows(127**2 / scales, m.shape))
+    root = jnp.sqrt(jnp.abs(m) * over_rows(127**2 / scales, m.shape))
     # A float32 around 1.5 x 2^23 is a whole number, whose lowest byte is an int8.
     whole = jnp.where(m < 0.0, -root, root) + 1.5 * 2**23
     return lax.bitcast_convert_type(whole, jnp.int32).astype(jnp.int8), scales
@@ -74,21 +76,16 @@ def encode_m(m):
 def decode_root_v(codes, scales):
     """Values of unsigned codes."""
     c = codes.astype(jnp.float32)
-    return c * c * along_rows(scales * (1 / 255**2), c.shape)
+    return c * c * over_rows(scales * (1 / 255**2), c.shape)
 
 
 def encode_root_v(root_v, bits):
     """Codes, rounded by 15 random bits each, and scales."""
     scales = jnp.maximum(jnp.max(root_v, axis=1), SMALLEST)
-    root = jnp.sqrt(root_v * along_rows(255**2 / scales, root_v.shape))
+    root = jnp.sqrt(root_v * over_rows(255**2 / scales, root_v.shape))
     # A float32 from 256 on has 8 bits before the point and 15 behind it, which the random ones may carry over.
     fixed = jnp.minimum(jnp.maximum(root, 1.0), 255.0) + 256.0
     return ((lax.bitcast_convert_type(fixed, jnp.uint32) + bits) >> 15).astype(jnp.uint8), scales
-
-
-def along_rows(scales, shape):
-    """`[rows]` as `[rows, 256]`."""
-    return lax.broadcast_in_dim(scales, shape, (0,))
 
 
 def round_to_bfloat16(x, bits):

@@ -4,10 +4,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int8
 
-from pallas_kernels import hopper
 from pallas_kernels.decode_attention import mosaic_gpu
 from pallas_kernels.decode_attention.reference import decode_attention_reference
-from pallas_kernels.dispatch import Implementation, Operation
+from pallas_kernels.dispatch import Implementation, Operation, hopper_kernel
 
 
 def decode_attention(
@@ -104,9 +103,7 @@ def _check(q, keys, values, ends, starts, key_scales, value_scales):
 OPERATION = Operation(
     "decode_attention",
     {
-        "mosaic_gpu": Implementation(
-            mosaic_gpu.decode_attention_forward, lambda *args: hopper.why_not_hopper() + mosaic_gpu.reasons(*args)
-        ),
+        "mosaic_gpu": hopper_kernel(mosaic_gpu.decode_attention_forward, mosaic_gpu.reasons),
         "xla": Implementation(decode_attention_reference),
     },
 )

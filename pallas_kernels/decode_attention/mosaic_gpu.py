@@ -15,7 +15,6 @@ memory, while the first product runs. The scales, one a slot, multiply rows of s
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -24,15 +23,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
-from pallas_kernels import hopper, tiles
-from pallas_kernels.hopper import CORES, SHARED_MEMORY
+from pallas_kernels import hopper, launch, tiles
+from pallas_kernels.numerics import LOG2E, LOWEST, over_columns, over_rows, padded
 from pallas_kernels.tuning import choice, config_for
 
 DTYPES = (jnp.bfloat16, jnp.float16)
 WIDTHS = (64, 128, 256)
 WIDEST_GROUP = 64  # query heads of a block
-LOG2_E = math.log2(math.e)  # scores are kept in powers of 2
-MASKED = -1e30  # score of a slot that is not seen; top before any is
 STAGES = 2  # enough where several blocks share a core
 OVERHEAD = 3  # tiles
 
@@ -55,7 +52,7 @@ def heuristic(b: int, c: int, k: int, h: int, dtype: DTypeLike) -> Config:
     keys = 64 if itemsize == 1 else max(64, min(128, 8192 // h))
     widened = keys * (2 * h + 128) if itemsize == 1 else 0
     block = STAGES * 2 * keys * h * itemsize + widened + 10 * 1024
-    resident, count = CORES * (SHARED_MEMORY // block), pl.cdiv(c, keys)
+    resident, count = hopper.CORES * (hopper.SHARED_MEMORY // block), pl.cdiv(c, keys)
     splits = min(range(1, min(count, 64) + 1), key=lambda s: pl.cdiv(b * k * s, resident) * (count / s + OVERHEAD))
     return Config(keys=keys, stages=STAGES, splits=splits)
 
@@ -85,7 +82,7 @@ def decode_attention_forward(q, keys, values, starts, ends, key_scales, value_sc
     groups = pl.cdiv(columns, G)
     grouped = jnp.pad(q.reshape(B, K, heads, H), ((0, 0), (0, 0), (0, columns - heads), (0, 0)))
     quantised = key_scales is not None
-    scales = [jnp.pad(x, ((0, 0), (0, 0), (0, -K % 8))) for x in (key_scales, value_scales)] if quantised else []
+    scales = [padded(x, 8, axis=2) for x in (key_scales, value_scales)] if quantised else []
 
     def body(q_ref, k_ref, v_ref, starts_ref, ends_ref, *refs):
         scale_refs, refs = refs[: len(scales)], refs[len(scales) :]
@@ -122,23 +119,23 @@ def decode_attention_forward(q, keys, values, starts, ends, key_scales, value_sc
                 return ref[...]
 
             s = pl.run_scoped(scores, plgpu.ACC((T, G), jnp.float32))
-            k_factor, v_factor = (_over_rows(of_head(tile), s.shape) for tile in scale_tiles) if quantised else (1, 1)
-            s *= k_factor * (scale * LOG2_E)
+            k_factor, v_factor = (over_rows(of_head(tile), s.shape) for tile in scale_tiles) if quantised else (1, 1)
+            s *= k_factor * (scale * LOG2E)
             if soft_cap is not None:
-                s = jnp.tanh(s * (1 / (soft_cap * LOG2_E))) * (soft_cap * LOG2_E)
+                s = jnp.tanh(s * (1 / (soft_cap * LOG2E))) * (soft_cap * LOG2E)
             slot = (low + index[0]) * T + plgpu.broadcasted_iota(jnp.int32, s.shape, 0)
-            s = jnp.where((slot >= start) & (slot < end), s, MASKED)
+            s = jnp.where((slot >= start) & (slot < end), s, LOWEST)
             new_top = jnp.maximum(top, s.max(axis=0))
             decay = jnp.exp2(top - new_top)
-            p = jnp.exp2(s - _over_columns(new_top, s.shape))
+            p = jnp.exp2(s - over_columns(new_top, s.shape))
             p_smem.T[...] = (p * v_factor).astype(q.dtype)
             plgpu.commit_smem()
             mixed = tiles.product((wide_smem if quantised else v_tile).T, p_smem.T)
-            return acc * _over_columns(decay, acc.shape) + mixed, new_top, total * _over_columns(decay, p.shape) + p
+            return acc * over_columns(decay, acc.shape) + mixed, new_top, total * over_columns(decay, p.shape) + p
 
         of_cache = tiles.block((T, H), keys.dtype, lambda i: (low + i, 0))
         of_scales = tiles.block((T, 8), jnp.float32, lambda i: (low + i, head // 8))
-        zero = jnp.zeros((H, G), jnp.float32), jnp.full((G,), MASKED, jnp.float32), jnp.zeros((T, G), jnp.float32)
+        zero = jnp.zeros((H, G), jnp.float32), jnp.full((G,), LOWEST, jnp.float32), jnp.zeros((T, G), jnp.float32)
         acc, top, total = plgpu.emit_pipeline(
             step,
             grid=(high - low,),
@@ -155,7 +152,7 @@ def decode_attention_forward(q, keys, values, starts, ends, key_scales, value_sc
         plgpu.wait_smem_to_gmem(0)
 
     shares = (B, K, groups, S)
-    acc, stats = hopper.kernel(
+    acc, stats = launch.kernel(
         body,
         out_type=[
             jax.ShapeDtypeStruct((*shares, H, G), jnp.float32),
@@ -191,7 +188,7 @@ def _join(acc, stats, columns, dtype):
             (split,) = index
             new_top = jnp.maximum(top, stats_smem[split, 0])
             decay, weight = jnp.exp2(top - new_top), jnp.exp2(stats_smem[split, 0] - new_top)
-            acc = acc * _over_columns(decay, acc.shape) + acc_tile[...] * _over_columns(weight, acc.shape)
+            acc = acc * over_columns(decay, acc.shape) + acc_tile[...] * over_columns(weight, acc.shape)
             return acc, new_top, total * decay + stats_smem[split, 1] * weight
 
         acc, _, total = plgpu.emit_pipeline(
@@ -201,17 +198,17 @@ def _join(acc, stats, columns, dtype):
             max_concurrent_steps=4,
             init_carry=(
                 jnp.zeros((H, G), jnp.float32),
-                jnp.full((G,), MASKED, jnp.float32),
+                jnp.full((G,), LOWEST, jnp.float32),
                 jnp.zeros((G,), jnp.float32),
             ),
         )(acc_ref.at[row, head, group])
         inverse = 1 / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
-        out_smem.T[...] = (acc * _over_columns(inverse, acc.shape)).astype(dtype)
+        out_smem.T[...] = (acc * over_columns(inverse, acc.shape)).astype(dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(out_smem, out_ref.at[row, head, pl.ds(group * G, G)])
         plgpu.wait_smem_to_gmem(0)
 
-    return hopper.kernel(
+    return launch.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((B, K, columns, H), dtype),
         grid=(B, groups, K),
@@ -219,11 +216,3 @@ def _join(acc, stats, columns, dtype):
         scratch_types=[plgpu.SMEM((S, 2, G), jnp.float32), tiles.tile((G, H), dtype), plgpu.Barrier()],
         kernel_name="decode_attention_combine",
     )(acc, stats)
-
-
-def _over_rows(x, shape):
-    return lax.broadcast_in_dim(x, shape, (0,))
-
-
-def _over_columns(x, shape):
-    return lax.broadcast_in_dim(x, shape, (1,))

@@ -4,13 +4,12 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import hopper
-from pallas_kernels.dispatch import Implementation, Operation
+from pallas_kernels.dispatch import Implementation, Operation, hopper_kernel
 from pallas_kernels.flash_attention import mosaic_gpu, mosaic_gpu_vjp, visibility
 from pallas_kernels.flash_attention.reference import flash_attention_reference
+from pallas_kernels.numerics import padded
 
 
 class Attended(NamedTuple):
@@ -107,14 +106,9 @@ class _Options(NamedTuple):
 def _mosaic(q, k, v, segments, kv_segments, window, causal, scale, soft_cap):
     static, traced = (window, None) if window is None or isinstance(window, int) else (None, window)
     options = _Options((q.shape[1], k.shape[1]), static, causal, scale, soft_cap)
-    out, lse = _attend(*map(_whole_rows, (q, k, v)), segments, kv_segments, traced, options)
-    return out[:, : q.shape[1]], lse[:, :, : q.shape[1]]
-
-
-def _whole_rows(x):
-    """Pads the length to a multiple of 8, as copies of tiles need it."""
-    missing = -x.shape[1] % 8
-    return jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) if missing else x
+    q, k, v = (padded(x, 8, axis=1) for x in (q, k, v))  # copies move whole tiles of 8 rows
+    out, lse = _attend(q, k, v, segments, kv_segments, traced, options)
+    return out[:, : options.lengths[0]], lse[:, :, : options.lengths[0]]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))
@@ -149,7 +143,7 @@ _attend.defvjp(_forward, _backward)
 OPERATION = Operation(
     "flash_attention",
     {
-        "mosaic_gpu": Implementation(_mosaic, lambda *args: hopper.why_not_hopper() + mosaic_gpu.reasons(*args)),
+        "mosaic_gpu": hopper_kernel(_mosaic, mosaic_gpu.reasons),
         "xla": Implementation(flash_attention_reference),
     },
 )

@@ -17,20 +17,24 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import hopper, tiles
+from pallas_kernels import tiles
 from pallas_kernels.flash_attention import visibility
-from pallas_kernels.flash_attention.mosaic_gpu import (
+from pallas_kernels.flash_attention.blocks import (
     COMPUTE_REGISTERS,
-    LOG2E,
     MEMORY_REGISTERS,
     ROWS,
     WARPGROUPS,
     items,
+    persistent,
+    resident,
     ring,
     row_of,
     stage_of,
-    tanh,
+    stream_keys,
+    tuning_key,
+    unless_all_seen,
 )
+from pallas_kernels.numerics import LOG2E, over_columns, over_rows, tanh
 from pallas_kernels.tuning import choice, config_for
 
 
@@ -47,9 +51,9 @@ def heuristic_dq(head_dim: int) -> Config:
     return Config(block=128 if head_dim == 64 else 64, slots=1 if head_dim == 256 else 2)
 
 
-def heuristic_dkv(head_dim: int) -> Config:
-    """What registers and shared memory hold beside the tiles that stay."""
-    return Config(block=128 if head_dim == 64 else 64, slots=2)
+def heuristic_dkv(head_dim: int, soft_cap: float | None) -> Config:
+    """The same; the slope of a soft cap takes as many registers as the scores."""
+    return Config(block=128 if head_dim == 64 and soft_cap is None else 64, slots=2)
 
 
 def flash_attention_backward(q, k, v, out, lse, dout, dlse, seen: visibility.Visibility, causal, scale, soft_cap):
@@ -71,9 +75,8 @@ def _probabilities(products, lse, hide, scale, soft_cap):
 
 def _dq(q, k, v, dout, lse, delta, seen, causal, scale, soft_cap):
     B, S, N, H = q.shape
-    C, K = k.shape[1:3]
-    key = {"b": B, "s": S, "n": N, "c": C, "k": K, "h": H, "dtype": q.dtype, "causal": causal}
-    config = config_for("flash_attention_backward_dq", heuristic_dq(H), **key)
+    K = k.shape[2]
+    config = config_for("flash_attention_backward_dq", heuristic_dq(H), **tuning_key(q, k, causal, soft_cap))
     block, slots = config.block, config.slots
     rows = WARPGROUPS * ROWS
     query_tiles = pl.cdiv(S, rows)
@@ -81,58 +84,40 @@ def _dq(q, k, v, dout, lse, delta, seen, causal, scale, soft_cap):
 
     def body(*refs):
         q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, ranges_ref, window_ref, queries_ref, keys_ref = refs[:10]
-        dq_ref, resident, full, empty, k_ring, v_ring, stage = refs[10:]
+        dq_ref, stay, k_ring, v_ring, stage = refs[10:]
         warpgroup = lax.axis_index("warpgroup")
-
         every_item = partial(items, (query_tiles, B, N), ranges_ref, descending=causal)
 
         @pl.when(warpgroup == WARPGROUPS)
         def _memory():
-            plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
+            def sources(batch, head, queries):
+                return (
+                    q_ref.at[batch, queries, head],
+                    dout_ref.at[batch, queries, head],
+                    lse_ref.at[batch, head, queries],
+                    delta_ref.at[batch, head, queries],
+                    queries_ref.at[row_of(queries_ref, batch), :, queries],
+                )
 
-            def visit(item, step, tile, batch, head, ranges):
-                for w in range(WARPGROUPS):
-                    pl.when(item > 0)(lambda w=w: plgpu.barrier_wait(empty.at[w]))
-                    at = pl.ds(tile * rows + w * ROWS, ROWS)
-                    sources = (
-                        q_ref.at[batch, at, head],
-                        dout_ref.at[batch, at, head],
-                        lse_ref.at[batch, head, at],
-                        delta_ref.at[batch, head, at],
-                        queries_ref.at[row_of(queries_ref, batch), :, at],
-                    )
-                    for source, target in zip(sources, resident, strict=True):
-                        plgpu.copy_gmem_to_smem(source, target.at[w], full.at[w])
-
-                @pl.loop(*ranges[:2])
-                def _(i):
-                    at, keys, kv_head = step + i - ranges[0], pl.ds(i * block, block), lax.div(head, N // K)
-                    k_ring.fill(at, k_ref.at[batch, keys, kv_head], keys_ref.at[row_of(keys_ref, batch), :, keys])
-                    v_ring.fill(at, v_ref.at[batch, keys, kv_head])
-
-            steps = every_item(visit)
-            for w in range(WARPGROUPS):
-                plgpu.barrier_wait(empty.at[w])
-            k_ring.drain(steps)
-            v_ring.drain(steps)
+            stream_keys(every_item, stay, sources, k_ring, v_ring, (k_ref, v_ref, keys_ref), block, N // K)
 
         @pl.when(warpgroup < WARPGROUPS)
         def _compute():
             plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-            q_tile, _, lse_tile, delta_tile, _ = (tile.at[warpgroup] for tile in resident)
+            q_tile, _, lse_tile, delta_tile, _ = (tile.at[warpgroup] for tile in stay.tiles)
             (k_tile, key_tile), (v_tile,) = k_ring.tiles, v_ring.tiles
-            spread = partial(lax.broadcast_in_dim, shape=(ROWS, block), broadcast_dimensions=(0,))
+            spread = partial(over_rows, shape=(ROWS, block))
 
             def visit(item, step, tile, batch, head, ranges):
-                start, stop, full_start, full_stop = ranges
+                start, stop = ranges[:2]
                 query = tile * rows + warpgroup * ROWS
-                plgpu.barrier_wait(full.at[warpgroup])
+                plgpu.barrier_wait(stay.full.at[warpgroup])
                 lse = plgpu.load(lse_tile, layout=plgpu.Layout.WGMMA.reduce(1))
                 delta = plgpu.load(delta_tile, layout=plgpu.Layout.WGMMA.reduce(1))
 
                 def accumulate(i, dq):
                     slot = k_ring.slot(step + i - start)
-                    q_tile, dout_tile, _, _, query_tile = (tile.at[opaque(warpgroup, step + i)] for tile in resident)
+                    q_tile, dout_tile, _, _, query_tile = (tile.at[opaque(warpgroup, step + i)] for tile in stay.tiles)
 
                     def masked(z):
                         z = visibility.hide(z, causal, window_ref[0], query_tile, key_tile.at[slot], 0)
@@ -140,7 +125,7 @@ def _dq(q, k, v, dout, lse, delta, seen, causal, scale, soft_cap):
                         return z
 
                     def hide(z):
-                        return lax.cond((full_start <= i) & (i < full_stop), lambda z: z, masked, z)
+                        return unless_all_seen(i, ranges, masked, z)
 
                     plgpu.barrier_wait(k_ring.full.at[slot])
                     s = tiles.product(q_tile, k_tile.at[slot].transpose((1, 0)))
@@ -160,7 +145,7 @@ def _dq(q, k, v, dout, lse, delta, seen, causal, scale, soft_cap):
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(q_tile, dq_ref.at[batch, pl.ds(query, ROWS), head])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                plgpu.barrier_arrive(empty.at[warpgroup])
+                plgpu.barrier_arrive(stay.empty.at[warpgroup])
 
             every_item(visit)
             plgpu.wait_smem_to_gmem(0)
@@ -168,33 +153,27 @@ def _dq(q, k, v, dout, lse, delta, seen, causal, scale, soft_cap):
     q_tiles = tiles.tile((WARPGROUPS, ROWS, H), q.dtype)
     k_tiles = tiles.tile((slots, block, H), q.dtype)
     row_tiles = plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32)
-    resident = (q_tiles, q_tiles, row_tiles, row_tiles, plgpu.SMEM((WARPGROUPS, 2, ROWS), jnp.int32))
-    return hopper.kernel(
+    return persistent(
+        "flash_attention_backward_dq",
         body,
-        out_type=q,
-        grid=(min(hopper.cores(), query_tiles * B * N),),
-        grid_names=("core",),
-        num_threads=WARPGROUPS + 1,
-        thread_name="warpgroup",
-        scratch_types=[
-            resident,
-            plgpu.Barrier(num_arrivals=len(resident), num_barriers=WARPGROUPS),
-            plgpu.Barrier(num_barriers=WARPGROUPS),
+        query_tiles * B * N,
+        q,
+        [
+            resident(q_tiles, q_tiles, row_tiles, row_tiles, plgpu.SMEM((WARPGROUPS, 2, ROWS), jnp.int32)),
             ring(slots, k_tiles, plgpu.SMEM((slots, 2, block), jnp.int32)),
             ring(slots, k_tiles),
             tiles.staging((WARPGROUPS, ROWS, block), q.dtype),
         ],
-        kernel_name="flash_attention_backward_dq",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
     )(q, k, v, dout, lse, delta, ranges, seen.window, seen.queries, seen.keys)
 
 
 def _dkv(q, k, v, dout, lse, delta, seen, causal, scale, soft_cap):
-    B, S, N, H = q.shape
-    C, K = k.shape[1:3]
+    N, H = q.shape[2:]
+    B, C, K, _ = k.shape
     group = N // K
-    key = {"b": B, "s": S, "n": N, "c": C, "k": K, "h": H, "dtype": q.dtype, "causal": causal}
-    config = config_for("flash_attention_backward_dkv", heuristic_dkv(H), **key)
+    config = config_for(
+        "flash_attention_backward_dkv", heuristic_dkv(H, soft_cap), **tuning_key(q, k, causal, soft_cap)
+    )
     block, slots = config.block, config.slots
     # Registers hold two accumulators up to a width of 128; beyond, one warpgroup takes dv and the other dk.
     split = H > 128
@@ -205,7 +184,7 @@ def _dkv(q, k, v, dout, lse, delta, seen, causal, scale, soft_cap):
 
     def body(*refs):
         q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, ranges_ref, window_ref, queries_ref, keys_ref = refs[:10]
-        dk_ref, dv_ref, resident, full, empty, done, q_ring, dout_ring, stage = refs[10:]
+        dk_ref, dv_ref, stay, full, empty, done, q_ring, dout_ring, stage = refs[10:]
         warpgroup = lax.axis_index("warpgroup")
 
         every_item = partial(items, (key_tiles, B, K), ranges_ref, descending=False, group=group)
@@ -224,7 +203,7 @@ def _dkv(q, k, v, dout, lse, delta, seen, causal, scale, soft_cap):
                         v_ref.at[batch, at, kv_head],
                         keys_ref.at[row_of(keys_ref, batch), :, at],
                     )
-                    for source, target in zip(sources, resident, strict=True):
+                    for source, target in zip(sources, stay, strict=True):
                         plgpu.copy_gmem_to_smem(source, target.at[part], full)
 
                 @pl.loop(0, count * group)
@@ -243,24 +222,24 @@ def _dkv(q, k, v, dout, lse, delta, seen, causal, scale, soft_cap):
             plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
             part = 0 if split else warpgroup
             (q_tile, lse_tile, query_tile), (dout_tile, delta_tile) = q_ring.tiles, dout_ring.tiles
-            spread = partial(lax.broadcast_in_dim, shape=(ROWS, block), broadcast_dimensions=(1,))
+            spread = partial(over_columns, shape=(ROWS, block))
             along_queries = plgpu.Layout.WGMMA.reduce(0)
 
             def visit(item, step, tile, batch, kv_head, ranges):
-                start, stop, full_start, full_stop = ranges
+                start, stop = ranges[:2]
                 plgpu.barrier_wait(full)
 
                 def accumulate(i, carry):
                     dk, dv = carry
                     slot, query = q_ring.slot(step + i), start + lax.rem(i, stop - start)
                     staged = stage_of(stage, warpgroup)
-                    k_tile, v_tile, key_tile = (tile.at[opaque(part, step + i)] for tile in resident)
+                    k_tile, v_tile, key_tile = (tile.at[opaque(part, step + i)] for tile in stay)
 
                     def masked(z):
                         return visibility.hide(z, causal, window_ref[0], query_tile.at[slot], key_tile, 1)
 
                     def hide(z):
-                        return lax.cond((full_start <= query) & (query < full_stop), lambda z: z, masked, z)
+                        return unless_all_seen(query, ranges, masked, z)
 
                     plgpu.barrier_wait(q_ring.full.at[slot])
                     s = tiles.product(k_tile, q_tile.at[slot].transpose((1, 0)))
@@ -287,7 +266,7 @@ def _dkv(q, k, v, dout, lse, delta, seen, causal, scale, soft_cap):
                 if split:
                     plgpu.barrier_arrive(done)
                     plgpu.barrier_wait(done)
-                k_tile, v_tile, _ = (tile.at[part] for tile in resident)
+                k_tile, v_tile, _ = (tile.at[part] for tile in stay)
                 if wants_dk:
                     k_tile[...] = (dk * scale).astype(q.dtype)
                 if wants_dv:
@@ -313,25 +292,21 @@ def _dkv(q, k, v, dout, lse, delta, seen, causal, scale, soft_cap):
     k_tiles = tiles.tile((parts, ROWS, H), q.dtype)
     q_tiles = tiles.tile((slots, block, H), q.dtype)
     row_tiles = plgpu.SMEM((slots, block), jnp.float32)
-    resident = (k_tiles, k_tiles, plgpu.SMEM((parts, 2, ROWS), jnp.int32))
-    return hopper.kernel(
+    stay = (k_tiles, k_tiles, plgpu.SMEM((parts, 2, ROWS), jnp.int32))
+    return persistent(
+        "flash_attention_backward_dkv",
         body,
-        out_type=[k, v],
-        grid=(min(hopper.cores(), key_tiles * B * K),),
-        grid_names=("core",),
-        num_threads=WARPGROUPS + 1,
-        thread_name="warpgroup",
-        scratch_types=[
-            resident,
-            plgpu.Barrier(num_arrivals=len(resident) * parts),
+        key_tiles * B * K,
+        [k, v],
+        [
+            stay,
+            plgpu.Barrier(num_arrivals=len(stay) * parts),
             plgpu.Barrier(num_arrivals=WARPGROUPS),
             plgpu.Barrier(num_arrivals=WARPGROUPS) if split else None,
             ring(slots, q_tiles, row_tiles, plgpu.SMEM((slots, 2, block), jnp.int32)),
             ring(slots, q_tiles, row_tiles),
             tiles.staging((WARPGROUPS, ROWS, block), q.dtype),
         ],
-        kernel_name="flash_attention_backward_dkv",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
     )(q, k, v, dout, lse, delta, ranges, seen.window, seen.queries, seen.keys)
 
 

@@ -22,7 +22,7 @@ class Visibility(NamedTuple):
     window: Any  # int32 [1]
 
 
-def padded(length: int) -> int:
+def padded_length(length: int) -> int:
     """`length` in whole tiles."""
     return -(-length // ALIGNMENT) * ALIGNMENT
 
@@ -38,7 +38,7 @@ def operands(S: int, C: int, segments, kv_segments, window) -> Visibility:
 
 def _with_index(segments):
     xp = np if isinstance(segments, np.ndarray) else jnp
-    segments = xp.pad(segments.astype(np.int32), ((0, 0), (0, padded(segments.shape[1]) - segments.shape[1])))
+    segments = xp.pad(segments.astype(np.int32), ((0, 0), (0, padded_length(segments.shape[1]) - segments.shape[1])))
     index = xp.broadcast_to(xp.arange(segments.shape[1], dtype=np.int32)[None], segments.shape)
     return xp.stack([segments, index], axis=1)
 

@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import hopper
+from pallas_kernels import launch
 from pallas_kernels.tuning import choice, config_for
 
 LANES = 128
@@ -61,7 +61,7 @@ def gae_forward(r, v, mask, gamma, lam, next_v):
     def time_first(x, last):
         return jnp.pad(jnp.concatenate([x.T, last[None]]), ((0, -(t + 1) % steps), (0, -b % LANES)))
 
-    out = hopper.kernel(
+    out = launch.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((pl.cdiv(t + 1, steps) * steps, pl.cdiv(b, LANES) * LANES), jnp.float32),
         grid=(pl.cdiv(b, LANES),),

@@ -10,8 +10,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import hopper
-from pallas_kernels.dispatch import Implementation, Operation
+from pallas_kernels.dispatch import Implementation, Operation, hopper_kernel
 from pallas_kernels.linear_logprob import chunked, mosaic_gpu, mosaic_gpu_vjp
 from pallas_kernels.linear_logprob.reference import linear_logprob_reference
 
@@ -103,9 +102,9 @@ def _differentiable(forward: Callable, backward: Callable) -> Callable:
 OPERATION = Operation(
     "linear_logprob",
     {
-        "mosaic_gpu": Implementation(
+        "mosaic_gpu": hopper_kernel(
             _differentiable(mosaic_gpu.linear_logprob_forward, mosaic_gpu_vjp.linear_logprob_backward),
-            lambda *args: hopper.why_not_hopper() + mosaic_gpu.reasons(*args),
+            mosaic_gpu.reasons,
         ),
         "chunked": Implementation(_differentiable(chunked.linear_logprob_forward, chunked.linear_logprob_backward)),
         "reference": Implementation(linear_logprob_reference),

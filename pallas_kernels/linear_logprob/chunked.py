@@ -10,9 +10,9 @@ computes each slice of the logits z again, and with p = e^(z-lse)
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import hopper
+from pallas_kernels import launch
+from pallas_kernels.numerics import LOWEST
 
-LOWEST = -1e30  # stands for minus infinity, of which differences are NaN
 SLICE_BYTES = 16 * 2**20  # of the float32 logits held at a time
 
 
@@ -81,7 +81,7 @@ def linear_logprob_backward(hidden, head, targets, temperature, results, cotange
 
 def alike(carry, *arrays):
     """A loop's first carry, varying over devices as the arrays do that it meets."""
-    return hopper.vary(carry, hopper.varying_axes(arrays))
+    return launch.vary(carry, launch.varying_axes(arrays))
 
 
 def gradients(gradient, hidden, head, chunk, *, frozen):

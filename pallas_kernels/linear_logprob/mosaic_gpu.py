@@ -11,7 +11,6 @@ which XLA joins over the ranges:  lse = ln 2 (m + log2 s),  entropy = ln 2 (log2
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +20,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import hopper, tiles
-from pallas_kernels.linear_logprob.chunked import LOWEST
+from pallas_kernels import hopper, launch, tiles
+from pallas_kernels.numerics import LOG2E, LOWEST, over_rows, padded, tanh
 from pallas_kernels.tuning import choice, config_for
 
 DTYPES = (jnp.bfloat16, jnp.float16)
@@ -32,7 +31,6 @@ ROWS = WARPGROUPS * WARPGROUP_ROWS  # of a block
 DEPTH = 64  # columns of hidden and head in one stage
 TOGETHER = 16  # blocks of rows; with hopper.CORES / 16 ranges of tiles twice as long, the least distinct data in flight
 PIECE = 128  # columns that go through the softmax together: registers do not hold a tile of everything
-LOG2E = math.log2(math.e)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +150,7 @@ def over_logits(
             finish(lax.fori_loop(low, high, step, carry))
 
     groups = pl.cdiv(m, ROWS * config.group)
-    return hopper.kernel(
+    return launch.kernel(
         body,
         out_type=out_type,
         grid=(groups, ranges, config.group),
@@ -171,30 +169,14 @@ def over_logits(
     )(hidden, head, *operands)
 
 
-def padded(x: jax.Array, multiple: int) -> jax.Array:
-    """`x [M, ...]` with rows of zeros up to a multiple."""
-    return jnp.pad(x, [(0, -x.shape[0] % multiple)] + [(0, 0)] * (x.ndim - 1))
-
-
 def load_rows(ref: Any, rows: Any) -> jax.Array:
     """One number a row, where the warpgroup holds the row."""
     return plgpu.load(ref.at[rows], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
 
 
-def spread(row: jax.Array, like: jax.Array) -> jax.Array:
-    """One number a row, over the columns."""
-    return lax.broadcast_in_dim(row, like.shape, [0])
-
-
 def columns_like(logits: jax.Array) -> jax.Array:
     """Index of each column."""
     return plgpu.broadcasted_iota(jnp.int32, logits.shape, 1, layout=plgpu.Layout.WGMMA)
-
-
-def tanh(x: jax.Array) -> jax.Array:
-    """From 2^x and 1/sqrt(x), whose approximations on the GPU are good to 22 bits; that of tanh is to 11."""
-    root = lax.rsqrt(1.0 + jnp.exp2(x * (2 * LOG2E)))
-    return 1.0 - 2.0 * root * root
 
 
 def linear_logprob_forward(hidden, head, targets, temperature, chunk, soft_cap):
@@ -221,9 +203,9 @@ def linear_logprob_forward(hidden, head, targets, temperature, chunk, soft_cap):
             total = jnp.exp2(fall) * total
             for column in range(0, config.columns, PIECE):
                 piece = z[:, column : column + PIECE]
-                here = columns_like(piece) == spread(target - first - column, piece)
+                here = columns_like(piece) == over_rows(target - first - column, piece.shape)
                 hit += jnp.where(here, piece, 0.0).sum(axis=1)
-                below = piece - spread(new_peak, piece)
+                below = piece - over_rows(new_peak, piece.shape)
                 e = jnp.exp2(below)
                 weighted += (e * below).sum(axis=1)
                 total += e.sum(axis=1)

@@ -17,7 +17,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import tiles
 from pallas_kernels.linear_logprob.chunked import gradients
 from pallas_kernels.linear_logprob.mosaic_gpu import (
-    LOG2E,
     ROWS,
     SWIZZLED,
     WARPGROUP_ROWS,
@@ -26,10 +25,8 @@ from pallas_kernels.linear_logprob.mosaic_gpu import (
     heuristic,
     load_rows,
     over_logits,
-    padded,
-    spread,
-    tanh,
 )
+from pallas_kernels.numerics import LOG2E, over_rows, padded, tanh
 from pallas_kernels.tuning import config_for
 
 SLICE_BYTES = 64 * 2**20  # of gradients of logits held at a time
@@ -61,9 +58,10 @@ def linear_logprob_backward(hidden, head, targets, temperature, results, cotange
 
         def consume(first, z, carry):
             t = None if soft_cap is None else tanh(z * (1 / soft_cap))
-            below = (z if t is None else t) * scale - spread(lse, z)
-            hit = columns_like(z) == spread(target - first, z)
-            d_z = jnp.exp2(below) * (spread(a, z) - spread(b, z) * below) + jnp.where(hit, spread(c, z), 0.0)
+            own_lse, own_target, own_a, own_b, own_c = (over_rows(x, z.shape) for x in (lse, target - first, a, b, c))
+            below = (z if t is None else t) * scale - own_lse
+            hit = columns_like(z) == own_target
+            d_z = jnp.exp2(below) * (own_a - own_b * below) + jnp.where(hit, own_c, 0.0)
             if t is not None:
                 d_z *= 1.0 - t * t
             d_z = d_z.astype(out_ref.dtype)

@@ -1,24 +1,15 @@
 """The loss of proximal policy optimisation, its statistics and its gradients in one pass over the tokens."""
 
 from functools import partial
-from typing import get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels import hopper
-from pallas_kernels.dispatch import Implementation, Operation
+from pallas_kernels.dispatch import Implementation, Operation, hopper_kernel
 from pallas_kernels.ppo_loss import mosaic_gpu
-from pallas_kernels.ppo_loss.reference import (
-    Constants,
-    KLEstimator,
-    Number,
-    Numbers,
-    PPOLoss,
-    Trained,
-    ppo_loss_reference,
-)
+from pallas_kernels.ppo_loss.reference import Constants, Numbers, PPOLoss, Trained, ppo_loss_reference
+from pallas_kernels.ppo_loss.terms import KLEstimator, Number, check_estimator
 
 
 def ppo_loss(
@@ -92,8 +83,7 @@ def ppo_loss(
         raise ValueError(f"mask {mask_t.dtype} is not bool")
     if len({v_t is None, old_v_t is None, return_t is None}) > 1:
         raise ValueError("v_t, old_v_t and return_t belong together: give all of them or none")
-    if kl_estimator not in (accepted := get_args(KLEstimator.__value__)):
-        raise ValueError(f"kl_estimator={kl_estimator!r}; accepted: {', '.join(accepted)}")
+    check_estimator(kl_estimator)
     numbers = Numbers(clip_low, clip_high, dual_clip, value_clip, value_coef, entropy_coef, kl_coef)
     return OPERATION(implementation, trained, constants, numbers, kl_estimator)
 
@@ -120,7 +110,7 @@ _mosaic.defvjp(_forward, _backward)
 OPERATION = Operation(
     "ppo_loss",
     {
-        "mosaic_gpu": Implementation(_mosaic, lambda *args: hopper.why_not_hopper() + mosaic_gpu.reasons(*args)),
+        "mosaic_gpu": hopper_kernel(_mosaic, mosaic_gpu.reasons),
         "xla": Implementation(ppo_loss_reference),
     },
 )

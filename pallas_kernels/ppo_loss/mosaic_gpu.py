@@ -16,8 +16,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import hopper
-from pallas_kernels.ppo_loss.reference import LARGEST_LOG_RATIO, Constants, Numbers, PPOLoss, Trained, assemble
+from pallas_kernels import launch
+from pallas_kernels.ppo_loss.reference import Constants, Numbers, PPOLoss, Trained, assemble
+from pallas_kernels.ppo_loss.terms import LARGEST_LOG_RATIO
 from pallas_kernels.tuning import choice, config_for
 
 VECTOR = 4  # float32 in 16 bytes
@@ -75,7 +76,7 @@ def ppo_loss_forward(trained, constants, numbers, kl_estimator, *, gradients):
             ref[here] = jnp.where(mask, slope, 0.0)
 
     slopes = [jax.ShapeDtypeStruct((blocks * tile,), jnp.float32)] * (gradients * (1 + ("v" in arrays)))
-    partial, *slopes = hopper.kernel(
+    partial, *slopes = launch.kernel(
         body,
         out_type=[jax.ShapeDtypeStruct((blocks, len(names) + 1), jnp.float32), *slopes],
         grid=(blocks,),

@@ -1,15 +1,12 @@
 """Plain truth for `ppo_loss`, and what XLA runs where the kernel cannot."""
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-type KLEstimator = Literal["k1", "k2", "k3", "abs", "k1+", "k3+", "abs+"]
-type Number = Float[Array, ""] | float
-
-LARGEST_LOG_RATIO = 20.0  # nats; beyond it a ratio or a k3 is cut off and has no gradient
+from pallas_kernels.ppo_loss.terms import KLEstimator, Number, clipped_surrogate, cut_off, half_squared_error, kl_of
 
 
 class Trained(NamedTuple):
@@ -75,12 +72,10 @@ def ppo_loss_reference(trained: Trained, constants: Constants, numbers: Numbers,
     def masked(x):
         return jnp.where(mask, x, 0.0)
 
-    log_ratio = jnp.clip(masked(trained.logp - constants.old_logp), -LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
+    log_ratio = cut_off(masked(trained.logp - constants.old_logp))
     ratio = jnp.exp(log_ratio)
     low, high = 1.0 - numbers.clip_low, 1.0 + numbers.clip_high
-    policy = jnp.maximum(-adv * ratio, -adv * jnp.clip(ratio, low, high))
-    if numbers.dual_clip is not None:
-        policy = jnp.where(adv < 0.0, jnp.minimum(policy, -adv * numbers.dual_clip), policy)
+    policy = clipped_surrogate(ratio, adv, low, high, numbers.dual_clip)
     if constants.importance is not None:
         policy = policy * constants.importance
     terms = {
@@ -93,31 +88,9 @@ def ppo_loss_reference(trained: Trained, constants: Constants, numbers: Numbers,
     }
     if trained.v is not None:
         assert constants.old_v is not None and constants.returns is not None
-        v = masked(trained.v)
-        error = (v - constants.returns) ** 2
-        if numbers.value_clip is not None:
-            near = jnp.clip(v, constants.old_v - numbers.value_clip, constants.old_v + numbers.value_clip)
-            error = jnp.maximum(error, (near - constants.returns) ** 2)
-        terms["value"] = 0.5 * error
+        terms["value"] = half_squared_error(masked(trained.v), constants.old_v, constants.returns, numbers.value_clip)
     if constants.ref_logp is not None:
-        terms["kl"] = _kl(masked(trained.logp - constants.ref_logp), kl_estimator)
+        terms["kl"] = kl_of(masked(trained.logp - constants.ref_logp), kl_estimator)
     sums = {name: masked(term).sum() for name, term in terms.items()}
     loss = assemble(sums, jnp.abs(ratio - 1.0).max(), numbers)
     return PPOLoss(loss.total, *lax.stop_gradient(loss[1:]))
-
-
-def _kl(difference, estimator):
-    name = estimator.removesuffix("+")
-    if name == "k1":
-        value = difference
-    elif name == "k2":
-        value = 0.5 * difference**2
-    elif name == "k3":
-        log_ratio = jnp.clip(-difference, -LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
-        value = jnp.expm1(log_ratio) - log_ratio
-    else:
-        value = jnp.abs(difference)
-    if name == estimator:
-        return value
-    surrogate = 0.5 * difference**2
-    return surrogate + lax.stop_gradient(value - surrogate)

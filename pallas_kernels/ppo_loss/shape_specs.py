@@ -5,19 +5,19 @@ from functools import partial
 import jax.numpy as jnp
 
 from pallas_kernels.ppo_loss.api import ppo_loss
-from pallas_kernels.shape_specs import BATCH, RESPONSE, Call, Cost, forward_and_backward, nbytes, shape
+from pallas_kernels.shape_specs import RESPONSE, Call, Cost, forward_and_backward, nbytes, shape
+
+ROWS = {"135m": 64, "1b": 16, "8b": 8, "70b": 4}  # responses of a micro-batch; a large model leaves room for few
 
 
 def calls(model: str) -> list[Call]:
-    """The loss of one micro-batch with a critic and a KL penalty; no model changes it, so one has it."""
-    if model != "8b":
-        return []
-    token = shape(BATCH, RESPONSE, dtype=jnp.float32)
-    mask = shape(BATCH, RESPONSE, dtype=jnp.bool)
+    """The loss of one micro-batch with a critic and a KL penalty."""
+    token = shape(ROWS[model], RESPONSE, dtype=jnp.float32)
+    mask = shape(ROWS[model], RESPONSE, dtype=jnp.bool)
     least = nbytes(*[token] * 8, mask) + nbytes(*[token] * 2)
     function = forward_and_backward(partial(_with_critic, clip=0.2), 0, 1, 2)
     costs = {"ppo_loss_forward": Cost(0, least, least)}
-    return [Call("loss with critic and KL", function, (*[token] * 8, mask), costs)]
+    return [Call(f"loss with critic and KL, {model}", function, (*[token] * 8, mask), costs)]
 
 
 def _with_critic(logp, entropy, v, old_logp, old_v, adv, returns, ref_logp, mask, clip):

@@ -5,8 +5,7 @@ from collections.abc import Callable
 import jax
 from jaxtyping import Array, Float
 
-from pallas_kernels import hopper
-from pallas_kernels.dispatch import Implementation, Operation
+from pallas_kernels.dispatch import Implementation, Operation, hopper_kernel
 from pallas_kernels.quantized_matmul import mosaic_gpu
 from pallas_kernels.quantized_matmul.formats import Quantized
 from pallas_kernels.quantized_matmul.reference import input_gradient, quantized_matmul_reference
@@ -54,10 +53,7 @@ def _differentiable(forward: Callable[[jax.Array, Quantized], jax.Array]) -> Cal
 OPERATION = Operation(
     "quantized_matmul",
     {
-        "mosaic_gpu": Implementation(
-            _differentiable(mosaic_gpu.quantized_matmul_forward),
-            lambda *args: hopper.why_not_hopper() + mosaic_gpu.reasons(*args),
-        ),
+        "mosaic_gpu": hopper_kernel(_differentiable(mosaic_gpu.quantized_matmul_forward), mosaic_gpu.reasons),
         "xla": Implementation(_differentiable(quantized_matmul_reference)),
     },
 )

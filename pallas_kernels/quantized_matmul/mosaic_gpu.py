@@ -21,7 +21,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import hopper, tiles
+from pallas_kernels import hopper, launch, tiles
+from pallas_kernels.numerics import over_rows, padded
 from pallas_kernels.quantized_matmul.formats import CODEBOOKS, DYNAMIC_MAP, GROUP, Quantized
 from pallas_kernels.quantized_matmul.lookup import lookup, lookup_pairs
 from pallas_kernels.tuning import choice, config_for
@@ -87,7 +88,7 @@ def quantized_matmul_forward(x: jax.Array, w: Quantized) -> jax.Array:
     """`x [M, K] @ dequantize(w).T`."""
     rows_of_x = x.shape[0]
     if rows_of_x > 8:  # copies move rows by eights, or all of them
-        x = jnp.pad(x, ((0, -rows_of_x % 8), (0, 0)))
+        x = padded(x, 8)
     (m, k), n, dtype = x.shape, w.shape[0], x.dtype
     four_bits = w.format != "int8"
     config = config_for(
@@ -130,7 +131,7 @@ def quantized_matmul_forward(x: jax.Array, w: Quantized) -> jax.Array:
             else:
                 own = scale_ref.at[pl.ds(first_row + wg * ROWS, ROWS)]
                 scale = plgpu.load(own, layout=own_rows, optimized=False)
-                acc *= lax.broadcast_in_dim(scale, acc.shape, (0,))
+                acc *= over_rows(scale, acc.shape)
             for start in range(0, tile_m, chunk):
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 part = acc[:, start : start + chunk].astype(out_dtype)
@@ -186,7 +187,7 @@ def quantized_matmul_forward(x: jax.Array, w: Quantized) -> jax.Array:
         assert w.block_scale is not None and w.offset is not None
         operands += [w.block_scale, w.offset.reshape(1), jnp.asarray(pairs(w.format, dtype)), jnp.asarray(DYNAMIC_MAP)]
     stage = tiles.staging((warpgroups, ROWS, GROUP * groups), dtype)
-    partial = hopper.kernel(
+    partial = launch.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((splits, m, n), out_dtype),
         grid=(m_blocks * n_blocks, splits),

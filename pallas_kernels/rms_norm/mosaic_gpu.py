@@ -8,7 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import hopper
+from pallas_kernels import launch
 from pallas_kernels.tuning import choice, config_for
 
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
@@ -71,7 +71,7 @@ def rms_norm_forward(x, residual, scale, eps, offset):
             rstd_ref[row] = rstd
 
     row = jax.ShapeDtypeStruct((m, d), x.dtype)
-    y, rstd, *h = hopper.kernel(
+    y, rstd, *h = launch.kernel(
         body,
         out_type=[row, jax.ShapeDtypeStruct((m,), jnp.float32)] + [row] * added,
         grid=(pl.cdiv(m, rows),),

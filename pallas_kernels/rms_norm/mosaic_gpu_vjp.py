@@ -11,7 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import hopper
+from pallas_kernels import hopper, launch
 from pallas_kernels.rms_norm.mosaic_gpu import LANES, row_layout
 from pallas_kernels.tuning import choice, config_for
 
@@ -75,7 +75,7 @@ def rms_norm_backward(h, scale, rstd, dy, dh, offset):
         ):
             dscale_ref[block, columns] = dscale
 
-    dx, partial = hopper.kernel(
+    dx, partial = launch.kernel(
         body,
         out_type=[jax.ShapeDtypeStruct((m, d), h.dtype), jax.ShapeDtypeStruct((blocks, d), jnp.float32)],
         grid=(blocks,),

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import hopper
-from pallas_kernels.dispatch import Implementation, Operation
+from pallas_kernels.dispatch import Implementation, Operation, hopper_kernel
+from pallas_kernels.numerics import LOG2E
 from pallas_kernels.sampling import mosaic_gpu
-from pallas_kernels.sampling.reference import LOG2_E, sample_reference
+from pallas_kernels.sampling.reference import sample_reference
 
 
 class Sample(NamedTuple):
@@ -79,7 +79,7 @@ def sample(
         if key is None:
             raise ValueError("key=None; only greedy draws need none")
         words = jax.random.bits(key, (b, 2), jnp.uint32)
-    scale = LOG2_E / _per_row("temperature", temperature, b, lambda x: x > 0, "above 0")
+    scale = LOG2E / _per_row("temperature", temperature, b, lambda x: x > 0, "above 0")
     p = _per_row("top_p", top_p, b, lambda x: 0 < x <= 1, "above 0, up to 1")
     least = _per_row("min_p", min_p, b, lambda x: 0 <= x <= 1, "0 to 1")
     return Sample(
@@ -107,9 +107,7 @@ def _per_row(name, value, rows, valid, accepted):
 OPERATION = Operation(
     "sampling",
     {
-        "mosaic_gpu": Implementation(
-            mosaic_gpu.sample_mosaic, lambda *args: hopper.why_not_hopper() + mosaic_gpu.reasons(*args)
-        ),
+        "mosaic_gpu": hopper_kernel(mosaic_gpu.sample_mosaic, mosaic_gpu.reasons),
         "xla": Implementation(sample_reference),
     },
 )

@@ -18,9 +18,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import hopper
+from pallas_kernels import hopper, launch
+from pallas_kernels.numerics import LOG2E
 from pallas_kernels.sampling.reference import (
-    LOG2_E,
     exponential,
     is_open,
     key_bits,
@@ -34,7 +34,7 @@ from pallas_kernels.tuning import choice, config_for
 DTYPES = (jnp.bfloat16, jnp.float32)
 LANES = 128
 LOADS = 4  # vectors of a warpgroup in flight
-LOWEST = float(jnp.finfo(jnp.float32).min)
+FINITE_LEAST = float(jnp.finfo(jnp.float32).min)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ def sample_mosaic(logits, words, scale, top_k, top_p, min_p):
     highest = peak.max(axis=1)
     total = jnp.sum(mass * jnp.exp2((peak - highest[:, None]) * scale[:, None]), axis=1)
     drawn = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0].astype(jnp.float32)
-    return token, ((drawn - highest) * scale - jnp.log2(total)) / LOG2_E
+    return token, ((drawn - highest) * scale - jnp.log2(total)) / LOG2E
 
 
 def vector_size(v: int) -> int:
@@ -181,7 +181,7 @@ def sampling_forward(logits, words, scale, least):
                 best, first = jnp.where(better, score, best), jnp.where(better, start, first)
             return highest, mass, best, first
 
-        start = row.full(LOWEST), row.full(0.0), row.full(-jnp.inf), row.full(0)
+        start = row.full(FINITE_LEAST), row.full(0.0), row.full(-jnp.inf), row.full(0)
         peak, mass, best, first = row.fold(step, start)
         highest, top = jnp.max(peak), jnp.max(best)
         peak_ref[index, split] = highest
@@ -190,7 +190,7 @@ def sampling_forward(logits, words, scale, least):
         column_ref[index, split] = jnp.min(jnp.where(best == top, first + row.local(), v - 1))
 
     parts = [jax.ShapeDtypeStruct((b, splits), dtype) for dtype in (jnp.float32,) * 3 + (jnp.int32,)]
-    return hopper.kernel(
+    return launch.kernel(
         body,
         out_type=parts,
         grid=(b, splits),
@@ -261,7 +261,7 @@ def sampling_threshold(logits, scale, top_k, top_p):
 
             return lax.while_loop(lambda state: is_open(*state), step, (low, high, count, jnp.float32(0)))[0]
 
-        (peak,) = together(jnp.maximum, jnp.max, row.fold(highest, row.full(LOWEST)))
+        (peak,) = together(jnp.maximum, jnp.max, row.fold(highest, row.full(FINITE_LEAST)))
         low, high = jnp.int32(smallest), jnp.int32(infinity)
         if top_k:
             low = bisect(low, high, jnp.float32(v), None, jnp.float32(top_k))
@@ -275,7 +275,7 @@ def sampling_threshold(logits, scale, top_k, top_p):
             key_ref[index], peak_ref[index] = low, peak
 
     parts, whole = plgpu.SMEM((workers, 2, LANES * vector_size(v)), jnp.float32), plgpu.SMEM((2,), jnp.float32)
-    return hopper.kernel(
+    return launch.kernel(
         body,
         out_type=[jax.ShapeDtypeStruct((b,), jnp.int32), jax.ShapeDtypeStruct((b,), jnp.float32)],
         grid=(b,),

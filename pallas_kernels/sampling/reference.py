@@ -13,13 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import hopper
-
-LOG2_E = 1.4426950408889634
+from pallas_kernels import launch
+from pallas_kernels.numerics import LOG2E
 
 
 def exponential(words: tuple[jax.Array, jax.Array], column: jax.Array) -> jax.Array:
-    """Exponential noise, positive and finite, with mean `LOG2_E`; all arguments uint32.
+    """Exponential noise, positive and finite, with mean `LOG2E`; all arguments uint32.
 
     With u uniform in (0, 1), `-log2(1 - u)`: the draw is decided by small values, which then are as fine as 2^-32.
     """
@@ -29,7 +28,7 @@ def exponential(words: tuple[jax.Array, jax.Array], column: jax.Array) -> jax.Ar
     hashed = (hashed ^ (hashed >> jnp.uint32(16))) * jnp.uint32(0x7FEB352D)
     hashed = hashed ^ (hashed >> jnp.uint32(15))
     u = jnp.minimum(hashed.astype(jnp.float32) * 2.0**-32 + 2.0**-33, 1 - 2.0**-24)
-    series = u * (LOG2_E + u * (LOG2_E / 2 + u * (LOG2_E / 3 + u * (LOG2_E / 4))))
+    series = u * (LOG2E + u * (LOG2E / 2 + u * (LOG2E / 3 + u * (LOG2E / 4))))
     return jnp.where(u < 2.0**-5, series, -jnp.log2(1 - u))
 
 
@@ -69,7 +68,7 @@ def threshold(key: jax.Array, peak: jax.Array, scale: jax.Array, min_p: jax.Arra
 
 
 def sample_reference(logits, words, scale, top_k, top_p, min_p):
-    """`(token, logp)`; `words` uint32 `[B, 2]`, None for the most likely token; `scale` is `LOG2_E / temperature`."""
+    """`(token, logp)`; `words` uint32 `[B, 2]`, None for the most likely token; `scale` is `LOG2E / temperature`."""
     x = logits.astype(jnp.float32)
     clean = jnp.where(jnp.isnan(x), -jnp.inf, x)
     peak = jnp.maximum(clean.max(axis=1), jnp.finfo(jnp.float32).min)
@@ -84,13 +83,13 @@ def sample_reference(logits, words, scale, top_k, top_p, min_p):
             score = jnp.where(clean > threshold(key, peak, scale, min_p, bits)[:, None], score, -jnp.inf)
     token = jnp.argmax(score, axis=1).astype(jnp.int32)
     drawn = jnp.take_along_axis(x, token[:, None], axis=1)[:, 0]
-    return token, ((drawn - peak) * scale - jnp.log2(mass.sum(axis=1))) / LOG2_E
+    return token, ((drawn - peak) * scale - jnp.log2(mass.sum(axis=1))) / LOG2E
 
 
 def search(x, mass, top_k, top_p, bits):
     """A key `[B]` that exactly the tokens kept by top-k and top-p exceed; `mass` is `exp((x - peak) / T)`."""
     start = [jnp.full(x.shape[:1], n) for n in (*key_range(bits), x.shape[1], 0)]
-    low, high, count, none = hopper.vary(start, hopper.varying_axes(x))
+    low, high, count, none = launch.vary(start, launch.varying_axes(x))
 
     def above(key, weight):
         return jnp.sum(jnp.where(x > to_float(key, bits)[:, None], weight, 0), axis=1)

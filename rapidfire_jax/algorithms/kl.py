@@ -1,12 +1,10 @@
 """Estimates of KL(policy || reference) from the log-probabilities of sampled tokens, and control of its coefficient."""
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-type KLEstimator = Literal["k1", "k2", "k3", "abs", "k1+", "k3+", "abs+"]
+from pallas_kernels.ppo_loss.terms import KLEstimator, kl_of
 
 
 def kl_estimate(
@@ -30,23 +28,7 @@ def kl_estimate(
     References:
       Schulman, Approximating KL Divergence, 2020; Liu et al., Rethinking KL Regularization in RLHF, 2025.
     """
-    difference = logp_t - jax.lax.stop_gradient(ref_logp_t)
-    name = estimator.removesuffix("+")
-    if name == "k1":
-        value = difference
-    elif name == "k2":
-        value = 0.5 * difference**2
-    elif name == "k3":
-        log_ratio = jnp.clip(-difference, -20.0, 20.0)
-        value = jnp.expm1(log_ratio) - log_ratio
-    elif name == "abs":
-        value = jnp.abs(difference)
-    else:
-        raise ValueError(f"kl estimator {estimator!r} is not known; accepted: k1, k2, k3, abs, k1+, k3+, abs+")
-    if not estimator.endswith("+"):
-        return value
-    surrogate = 0.5 * difference**2
-    return surrogate + jax.lax.stop_gradient(value - surrogate)
+    return kl_of(logp_t - jax.lax.stop_gradient(ref_logp_t), estimator)
 
 
 def adapt_kl_coef(

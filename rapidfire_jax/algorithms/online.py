@@ -159,11 +159,12 @@ def surrogate_loss(
     where `batch.mask_t` is False. Where every token counts alike, all terms and their gradients are one pass over them.
     """
     ref_logp_t = batch.ref_logp_t if config.kl_in == "loss" else None
-    terms = _by_token if level == "token" and config.aggregation == "token" else _by_sequence
-    return terms(outputs, batch, hparams, config, level, critic, ref_logp_t)
+    if level == "token" and config.aggregation == "token":
+        return _in_one_pass(outputs, batch, hparams, config, critic, ref_logp_t)
+    return _term_by_term(outputs, batch, hparams, config, level, critic, ref_logp_t)
 
 
-def _by_token(outputs, batch, hparams, config, level, critic, ref_logp_t):
+def _in_one_pass(outputs, batch, hparams, config, critic, ref_logp_t):
     high = hparams.clip_range if hparams.clip_range_high is None else hparams.clip_range_high
     of_critic = {}
     if critic is not None:
@@ -201,7 +202,7 @@ def _by_token(outputs, batch, hparams, config, level, critic, ref_logp_t):
     return loss.total, loss.count, metrics
 
 
-def _by_sequence(outputs, batch, hparams, config, level, critic, ref_logp_t):
+def _term_by_term(outputs, batch, hparams, config, level, critic, ref_logp_t):
     mask_t, logp_t = batch.mask_t, outputs.logp_t
     total, count = policy_loss(
         logp_t,

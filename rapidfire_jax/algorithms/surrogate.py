@@ -6,12 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from pallas_kernels.ppo_loss.terms import Number, clipped_surrogate, cut_off, half_squared_error
 from rapidfire_jax.algorithms.masking import Aggregation, aggregate
 
 type RatioLevel = Literal["token", "sequence", "trajectory"]
-type Number = Float[Array, ""] | float
-
-LARGEST_LOG_RATIO = 20.0  # nats; beyond it a ratio is as good as infinite and has no gradient
 
 
 def log_ratios(
@@ -35,7 +33,7 @@ def log_ratios(
         lengths = mask_t.sum(axis=1, keepdims=True, dtype=difference.dtype)
         of_response = total / jnp.maximum(lengths, 1.0) if level == "sequence" else total
         difference = jnp.where(mask_t, jnp.broadcast_to(of_response, mask_t.shape), 0.0)
-    return jnp.clip(difference, -LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
+    return cut_off(difference)
 
 
 def policy_loss(
@@ -75,9 +73,7 @@ def policy_loss(
     old_logp_t, adv_t = jax.lax.stop_gradient((old_logp_t, adv_t))
     ratio = jnp.exp(log_ratios(logp_t, old_logp_t, mask_t, level))
     high = clip_range if clip_range_high is None else clip_range_high
-    loss_t = jnp.maximum(-adv_t * ratio, -adv_t * jnp.clip(ratio, 1.0 - clip_range, 1.0 + high))
-    if dual_clip is not None:
-        loss_t = jnp.where(adv_t < 0.0, jnp.minimum(loss_t, -adv_t * dual_clip), loss_t)
+    loss_t = clipped_surrogate(ratio, adv_t, 1.0 - clip_range, 1.0 + high, dual_clip)
     if importance_t is not None:
         loss_t = loss_t * jax.lax.stop_gradient(importance_t)
     return aggregate(loss_t, mask_t, aggregation)
@@ -105,12 +101,8 @@ def value_loss(
       aggregation: see `rapidfire_jax.algorithms.masking.aggregate`.
     """
     old_v_t, return_t = jax.lax.stop_gradient((old_v_t, return_t))
-    v_t = jnp.where(mask_t, v_t, 0.0)
-    loss_t = (v_t - return_t) ** 2
-    if value_clip_range is not None:
-        clipped = jnp.clip(v_t, old_v_t - value_clip_range, old_v_t + value_clip_range)
-        loss_t = jnp.maximum(loss_t, (clipped - return_t) ** 2)
-    return aggregate(0.5 * loss_t, mask_t, aggregation)
+    loss_t = half_squared_error(jnp.where(mask_t, v_t, 0.0), old_v_t, return_t, value_clip_range)
+    return aggregate(loss_t, mask_t, aggregation)
 
 
 def outside_clip(ratio: Float[Array, "B T"], clip_range: Number, clip_range_high: Number | None) -> Float[Array, "B T"]:

@@ -19,8 +19,6 @@ from rapidfire_jax.models.config import DecoderConfig
 from rapidfire_jax.models.layers import Block, Slots, View, make_norm
 from rapidfire_jax.models.rope import rotations
 
-UNLIMITED = 2**30  # a window that no sequence fills
-
 type Mask = Bool[Array, "B S"] | Int[Array, "B S"]
 
 
@@ -226,10 +224,8 @@ class Decoder(nnx.Module):
             if len(set(is_local)) == 1:
                 view = views[is_local[0]]
             else:
-                far, near = (
-                    jax.tree.map(jnp.asarray, view._replace(window=view.window or UNLIMITED)) for view in views
-                )
-                view = jax.tree.map(lambda far, near: jnp.where(local, near, far), far, near)
+                everything = views[0]._replace(window=x.shape[1])
+                view = jax.tree.map(lambda far, near: jnp.where(local, near, far), everything, views[1])
             x, pair = nnx.merge(graphdef, weights)(x, view, segments)
             return x, None if keep is None else keep(x, pair)
 

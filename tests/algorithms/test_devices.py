@@ -2,28 +2,18 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.helpers.devices import on_eight_devices
+
 TRIED = {"ppo": (2, 4, 8), "grpo": (8,), "reinforce_pp": (8,), "dpo": (8,)}
 
 
 @pytest.fixture(scope="module")
 def differences():
     """Largest relative difference of each algorithm on each number of devices, of state and of metrics."""
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    environment = os.environ | {"XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu"}
-    code = "from tests.algorithms.test_devices import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return on_eight_devices("from tests.algorithms.test_devices import main; main()")
 
 
 @pytest.mark.parametrize(("name", "devices"), [(name, each) for name in TRIED for each in TRIED[name]])

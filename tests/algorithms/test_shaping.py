@@ -85,7 +85,7 @@ def test_scores_of_responses(clip):
 SHAPINGS = {
     "k1 in the reward": {},
     "k3 in the reward": {"kl_estimator": "k3"},
-    "k2 in the reward, running": {"kl_estimator": "k2+", "reward_normalization": "running"},
+    "k2 in the reward, running": {"kl_estimator": "k2", "reward_normalization": "running"},
     "abs in the reward, reference": {"kl_estimator": "abs", "reward_normalization": "reference"},
     "in the loss": {"kl_in": "loss", "kl_estimator": "k3"},
 }

@@ -1,5 +1,6 @@
 """A kernel in the simulator against its reference in float32, results and gradients."""
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import hopper
+from pallas_kernels.shape_specs import partial_vjp
 from tests.helpers.tolerances import KERNEL
 
 
@@ -39,19 +41,18 @@ def assert_close(found: Any, wanted: Any, tolerance: float) -> None:
             np.testing.assert_allclose(got[finite], want[finite], rtol=0, atol=atol, err_msg=where)
 
 
+def device_of(implementation: str) -> contextlib.AbstractContextManager[None]:
+    """The simulated GPU, if a kernel is to run."""
+    return hopper.simulated() if implementation == "mosaic_gpu" else contextlib.nullcontext()
+
+
 def normal(seed: int, shape: tuple[int, ...], dtype: Any = jnp.float32, scale: float = 1.0) -> jax.Array:
     """Normal numbers."""
     return (jax.random.normal(jax.random.key(seed), shape) * scale).astype(dtype)
 
 
 def _evaluate(function, args, differentiable, seed):
-    def of(*chosen):
-        full = list(args)
-        for i, x in zip(differentiable, chosen, strict=True):
-            full[i] = x
-        return function(*full)
-
-    out, pull = jax.vjp(of, *(args[i] for i in differentiable))
+    out, pull = partial_vjp(function, args, differentiable)
     if not differentiable:
         return out
     leaves, treedef = jax.tree.flatten(out)

@@ -1,9 +1,6 @@
 import json
-import os
 import shutil
 import struct
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +15,7 @@ from rapidfire_jax.models.families import to_hugging_face
 from rapidfire_jax.models.heads import CausalLM
 from rapidfire_jax.models.rope import Rope
 from rapidfire_jax.models.weights import parameters
+from tests.helpers.devices import on_eight_devices
 from tests.helpers.gguf_files import write_model
 from tests.helpers.tiny import TINY, padded_batch, tiny_model
 
@@ -307,5 +305,4 @@ assert split["blocks.up_proj.kernel"].addressable_shards[0].data.shape == (3, 24
 
 def test_parameters_are_placed_as_they_are_read(tmp_path):
     folder = write(tmp_path, distinct_norms())
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    subprocess.run([sys.executable, "-c", PLACED, folder], check=True, env=environment)
+    on_eight_devices(PLACED, folder)

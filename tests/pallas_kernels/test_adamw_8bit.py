@@ -1,6 +1,5 @@
 """adamw_8bit: the kernel simulated against the reference, the reference against NumPy and against AdamW in float32."""
 
-import contextlib
 import itertools
 from functools import partial
 
@@ -11,7 +10,7 @@ import pytest
 
 from pallas_kernels import Moments, adamw_8bit, hopper, init_moments, tuning
 from pallas_kernels.adamw_8bit import mosaic_gpu, reference
-from tests.helpers.agreement import normal
+from tests.helpers.agreement import device_of, normal
 from tests.helpers.tolerances import F32, KERNEL
 
 NUMBERS = {"learning_rate": 1e-2, "b1": 0.9, "b2": 0.99, "eps": 1e-6, "weight_decay": 0.1}
@@ -38,11 +37,6 @@ def start(shape, dtype="float32", steps=3):
     sizes = 10.0 ** jax.random.randint(jax.random.key(3), shape, -4, 1).astype(jnp.float32)
     param, grad = normal(0, shape, dtype), normal(1, shape) * sizes
     return param, grad, run(param, normal(2, shape) * sizes, init_moments(param), steps=steps)[1]
-
-
-def gpu(implementation):
-    """The simulated one, where a kernel is to run."""
-    return hopper.simulated() if implementation == "mosaic_gpu" else contextlib.nullcontext()
 
 
 def assert_same(found, wanted):
@@ -211,7 +205,7 @@ def test_key_and_step_change_the_bits_and_nothing_else_does():
 def test_a_block_of_zeros_stays_where_it_is(implementation):
     param = normal(0, (4, 256)).at[1].set(0.0)
     grad = normal(1, (4, 256)).at[:2].set(0.0)
-    with gpu(implementation):
+    with device_of(implementation):
         new, moments = run(param, grad, init_moments(param), implementation=implementation, steps=2, weight_decay=0.0)
     np.testing.assert_array_equal(new[:2], param[:2])
     assert np.all(np.asarray(moments.m_codes[:2]) == 0) and all(np.isfinite(x).all() for x in moments)
@@ -233,7 +227,7 @@ def test_first_step_is_as_long_whatever_the_size_of_the_gradient(size):
 def test_a_gradient_that_is_not_finite_stays_in_its_block(implementation, bad):
     param, grad, moments = start((4, 256), "bfloat16")
     key = jax.random.key(0)
-    with gpu(implementation):
+    with device_of(implementation):
         found = run(param, grad.at[1, 7].set(bad), moments, key, implementation=implementation, steps=2, first=4)
     wanted = run(param, grad, moments, key, steps=2, first=4)
     others = jnp.array([0, 2, 3])

@@ -1,6 +1,5 @@
 """ppo_loss: the kernel simulated against the reference, the reference against NumPy."""
 
-import contextlib
 import itertools
 from typing import get_args
 
@@ -11,7 +10,7 @@ import pytest
 
 from pallas_kernels import hopper, ppo_loss
 from pallas_kernels.ppo_loss.reference import KLEstimator
-from tests.helpers.agreement import assert_agrees, normal
+from tests.helpers.agreement import assert_agrees, device_of, normal
 from tests.helpers.tolerances import F32
 
 ESTIMATORS = get_args(KLEstimator.__value__)
@@ -49,11 +48,6 @@ def total(x, implementation="xla", **options):
     trained = [x[name] for name in ("logp_t", "entropy_t", "v_t")]
     rest = {name: a for name, a in x.items() if name not in ("logp_t", "entropy_t", "v_t")}
     return ppo_loss(*trained, **rest, **NUMBERS | options, implementation=implementation)
-
-
-def gpu(implementation):
-    """The simulated one, where a kernel is to run."""
-    return hopper.simulated() if implementation == "mosaic_gpu" else contextlib.nullcontext()
 
 
 def gradients(x, **options):
@@ -118,7 +112,7 @@ def test_what_stands_outside_the_mask_has_no_effect_and_no_gradient(implementati
     x = arrays((3, 50), importance=True)
     broken = {k: v if k == "mask_t" else jnp.where(x["mask_t"], v, jnp.nan) for k, v in x.items()}
     options = {"value_clip": 0.2, "dual_clip": 2.0, "kl_estimator": "k3", "implementation": implementation}
-    with gpu(implementation):
+    with device_of(implementation):
         found, wanted = (total(a, **options) for a in (broken, x))
         slopes = gradients(broken, **options)
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
@@ -130,7 +124,7 @@ def test_what_stands_outside_the_mask_has_no_effect_and_no_gradient(implementati
 def test_a_token_that_is_not_a_number_makes_the_loss_one_too(implementation):
     x = arrays((2, 9)) | {"mask_t": jnp.ones((2, 9), bool)}
     for name in ("logp_t", "adv_t", "v_t", "return_t"):
-        with gpu(implementation):
+        with device_of(implementation):
             broken = x | {name: x[name].at[0, 3].set(jnp.nan)}
             assert np.isnan(total(broken, implementation, value_clip=0.2).total), name
 
@@ -138,7 +132,7 @@ def test_a_token_that_is_not_a_number_makes_the_loss_one_too(implementation):
 @pytest.mark.parametrize("implementation", ["xla", "mosaic_gpu"])
 def test_an_empty_mask_gives_zeros(implementation):
     x = arrays((2, 20)) | {"mask_t": jnp.zeros((2, 20), bool)}
-    with gpu(implementation):
+    with device_of(implementation):
         found = total(x, implementation), gradients(x, implementation=implementation)
     assert all(np.all(np.asarray(a) == 0) for a in jax.tree.leaves(found))
 

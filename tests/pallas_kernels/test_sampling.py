@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from pallas_kernels import hopper, sample, tuning
+from pallas_kernels.numerics import LOG2E
 from pallas_kernels.sampling.mosaic_gpu import Config, ThresholdConfig
-from pallas_kernels.sampling.reference import LOG2_E, exponential, key_bits, search, threshold
+from pallas_kernels.sampling.reference import exponential, key_bits, search, threshold
 from tests.helpers.agreement import assert_agrees, normal
 
 KEY = jax.random.key(11)
@@ -102,7 +103,7 @@ def test_kernels_with_equal_excluded_and_missing_logits(options):
 def test_noise_is_exponential_and_independent_of_its_neighbours():
     words = jax.random.bits(KEY, (1000, 2), jnp.uint32)
     columns = jax.lax.broadcasted_iota(jnp.uint32, (1000, 1000), 1)
-    noise = np.asarray(exponential((words[:, :1], words[:, 1:]), columns), np.float64) / LOG2_E
+    noise = np.asarray(exponential((words[:, :1], words[:, 1:]), columns), np.float64) / LOG2E
     assert np.isfinite(noise).all() and (noise > 0).all()
     assert stats.kstest(noise.ravel()[::7], "expon").pvalue > LIKELY
     u = np.exp(-noise)
@@ -119,7 +120,7 @@ def test_noise_is_exponential_and_independent_of_its_neighbours():
 def test_noise_of_successive_keys_is_independent():
     def noise(seed):
         words = jax.random.bits(jax.random.key(seed), (1, 2), jnp.uint32)[0]
-        return np.exp(-np.asarray(exponential((words[0], words[1]), jnp.arange(200_000, dtype=jnp.uint32))) / LOG2_E)
+        return np.exp(-np.asarray(exponential((words[0], words[1]), jnp.arange(200_000, dtype=jnp.uint32))) / LOG2E)
 
     for seed in range(5):
         table = np.histogram2d(noise(seed), noise(seed + 1), 16, ((0, 1), (0, 1)))[0]
@@ -172,7 +173,7 @@ def test_a_flat_vocabulary_is_drawn_from_evenly():
 def test_keeps_what_sorting_keeps(seed, dtype, top_k, top_p, min_p, temperature, equal):
     x = normal(seed, (3, 37), dtype, scale=2)
     x = jnp.round(x) if equal else x
-    x32, scale = x.astype(jnp.float32), jnp.full(3, LOG2_E / temperature)
+    x32, scale = x.astype(jnp.float32), jnp.full(3, LOG2E / temperature)
     peak = x32.max(axis=1)
     mass = jnp.exp2((x32 - peak[:, None]) * scale[:, None])
     key = search(x32, mass, top_k, jnp.full(3, top_p), key_bits(x.dtype))

@@ -2,12 +2,8 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -32,9 +28,9 @@ from pallas_kernels import (
 )
 from pallas_kernels.catalogue import CATALOGUE
 from tests.helpers.agreement import assert_close, normal
+from tests.helpers.devices import on_eight_devices
 from tests.helpers.tolerances import KERNEL
 
-ROOT = Path(__file__).parents[2]
 DEVICES = 8
 
 
@@ -188,14 +184,7 @@ def test_checkpoint(name):
 @pytest.fixture(scope="module")
 def sharded():
     """What `shard` says of each operation, in a process with eight devices."""
-    flags = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={DEVICES}"
-    environment = os.environ | {"XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu"}
-    code = "from tests.pallas_kernels.test_transforms import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return on_eight_devices("from tests.pallas_kernels.test_transforms import main; main()")
 
 
 def test_shard_map_over_eight_devices(sharded):
@@ -219,7 +208,7 @@ def shard(name: str) -> dict[str, int]:
             args = [jax.tree.map(lambda x: x[0], a) if m else a for a, m in zip(args, example.mapped, strict=True)]
             # Gradients of what all devices share have been summed by autodiff.
             return jax.tree.map(
-                lambda x: jax.lax.psum(x, "d") if hopper.varying_axes(x) else x, scalar(function, example)(*args)
+                lambda x: jax.lax.psum(x, "d") if launch.varying_axes(x) else x, scalar(function, example)(*args)
             )
 
         return jax.jit(jax.shard_map(one, mesh=mesh, in_specs=specs, out_specs=PartitionSpec()))
