@@ -18,7 +18,6 @@ Reference: Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, 2023.
 """
 
 import dataclasses
-import itertools
 import math
 from functools import partial
 
@@ -54,29 +53,33 @@ def _dynamic_map() -> np.ndarray:
         edges = edges.astype(np.float32)  # each computed from the nearer end
         positive.append(np.float32(10.0 ** (exponent - 6)) * (edges[:-1] + edges[1:]) / np.float32(2))
     magnitudes = np.concatenate(positive)
-    found = np.sort(np.concatenate([-magnitudes, magnitudes, np.array([0, 1], np.float32)]))
-    found[0] = -1  # the largest magnitude of a block may be negative
-    return found
+    return np.sort(np.concatenate([-magnitudes, magnitudes, np.array([0, 1], np.float32)]))
 
 
-def _thresholds(values: np.ndarray) -> np.ndarray:
-    """Least float32 numbers nearer to the next of sorted values, where distances are rounded to float32 too."""
+def _map_thresholds(values: np.ndarray) -> np.ndarray:
+    """Least float32 numbers in [-1, 1] of each code but the first, found by bisection.
 
-    def least(low: np.float32, high: np.float32) -> np.float32:
-        x = (low + high) / np.float32(2)
-        while high - x < x - low:
-            x = np.nextafter(x, low)
-        while not high - x < x - low:
-            x = np.nextafter(x, high)
-        return x
+    A number is put on the nearest of 65,536 equidistant points first, and that gets the nearest code.
+    """
+    midpoints = (values[:-1].astype(np.float64) + values[1:]) / 2
+    of_point = np.searchsorted(midpoints, np.arange(65536) / 32767.5 - 1, side="right")
 
-    return np.array([least(low, high) for low, high in itertools.pairwise(values)])
+    def code(x: np.ndarray) -> np.ndarray:
+        return of_point[np.floor((x + np.float32(1)) * np.float32(32767.5) + np.float32(0.5)).astype(int)]
+
+    low, high = values[:-1].copy(), values[1:].copy()
+    wanted = np.arange(1, len(values))
+    while (np.nextafter(low, high) < high).any():
+        middle = np.where(np.nextafter(low, high) < high, (low + high) / np.float32(2), high)
+        reached = code(middle) >= wanted
+        low, high = np.where(reached, low, middle), np.where(reached, middle, high)
+    return high
 
 
 CODEBOOKS = {"int4": np.arange(-8, 8, dtype=np.float32), "nf4": _normal_float()}
 DYNAMIC_MAP = _dynamic_map()
-NF4_THRESHOLDS = _thresholds(CODEBOOKS["nf4"])
-MAP_THRESHOLDS = _thresholds(DYNAMIC_MAP)
+NF4_THRESHOLDS = np.nextafter((CODEBOOKS["nf4"][:-1] + CODEBOOKS["nf4"][1:]) / 2, np.float32(2))
+MAP_THRESHOLDS = _map_thresholds(DYNAMIC_MAP)
 
 
 @partial(
@@ -137,6 +140,19 @@ def quantize(w: Float[Array, "*L N K"], format: str) -> Quantized:
     return one(w)
 
 
+def from_row_major(
+    codes: UInt8[Array, "N K"],
+    scale_codes: UInt8[Array, "N K/64"],
+    block_scales: Float[Array, "N*K/64/256"],
+    offset: Float[Array, ""],
+    format: str,
+) -> Quantized:
+    """A 4-bit matrix whose codes and scales another program has computed and stored in row-major order."""
+    block_scale = _by_run(jnp.asarray(block_scales), *scale_codes.shape)
+    packed = _pack(jnp.asarray(codes).reshape(*scale_codes.shape, GROUP))
+    return Quantized(packed, jnp.asarray(scale_codes).T, block_scale, jnp.asarray(offset), format)
+
+
 def dequantize(q: Quantized, dtype: DTypeLike = jnp.float32) -> Float[Array, "*L N K"]:
     """The matrix that is represented, computed in float32 and rounded once."""
     if q.format == "int8":
@@ -180,8 +196,8 @@ def _to_4_bits(w: jax.Array, format: str) -> Quantized:
     grouped = w.astype(jnp.float32).reshape(w.shape[0], -1, GROUP)
     largest = jnp.max(jnp.abs(grouped), axis=-1)
     if format == "nf4":
-        unit = jnp.clip(grouped * _last(1 / largest, grouped.shape), -1, 1)
-        codes = sum((unit >= t).astype(jnp.uint8) for t in NF4_THRESHOLDS)  # 0 in a group of zeros
+        unit = jnp.clip(grouped * _last(1 / jnp.where(largest == 0, 1, largest), grouped.shape), -1, 1)
+        codes = sum((unit >= t).astype(jnp.uint8) for t in NF4_THRESHOLDS)
         scale = largest
     else:
         scale = largest / 7
@@ -203,8 +219,12 @@ def _compress(s: jax.Array) -> tuple[jax.Array, jax.Array]:
     n, groups = s.shape
     flat = jnp.pad(s.reshape(-1), (0, -s.size % BLOCK)).reshape(-1, BLOCK)
     largest = jnp.max(jnp.abs(flat), axis=-1)
-    unit = flat / _last(jnp.where(largest == 0, 1, largest), flat.shape)
-    run = math.gcd(groups, BLOCK)  # groups of a row that always share a block
-    blocks = jnp.repeat(largest, BLOCK // run)[: n * groups // run].reshape(n, groups // run)
+    unit = jnp.where(_last(largest, flat.shape) == 0, -1.0, flat * _last(1 / largest, flat.shape))
     codes = jnp.searchsorted(jnp.asarray(MAP_THRESHOLDS), unit, side="right").astype(jnp.uint8)
-    return codes.reshape(-1)[: s.size].reshape(n, groups).T, blocks.T
+    return codes.reshape(-1)[: s.size].reshape(n, groups).T, _by_run(largest, n, groups)
+
+
+def _by_run(block_scales: jax.Array, n: int, groups: int) -> jax.Array:
+    """[R, N] of the scales of blocks, which are runs of 256 groups in row-major order."""
+    run = math.gcd(groups, BLOCK)  # groups of a row that always share a block
+    return jnp.repeat(block_scales, BLOCK // run)[: n * groups // run].reshape(n, groups // run).T

@@ -16,8 +16,10 @@ from pydantic import Field
 from rapidfire_jax.algorithms import tasks
 from rapidfire_jax.config.data import DataConfig
 from rapidfire_jax.config.reward import RewardConfig
-from rapidfire_jax.config.section import DType, Fraction, NonNegative, Positive, Section, section_of
+from rapidfire_jax.config.section import DType, Fraction, NonNegative, Positive, Quantize, Section, section_of
 from rapidfire_jax.errors import InputError
+
+FROZEN = "quantised weights are frozen; use adapter.type=lora"
 
 
 class WeightsConfig(Section):
@@ -26,6 +28,7 @@ class WeightsConfig(Section):
     name: Annotated[str, Field(min_length=1, description="folder, .gguf file, hub repository, or package://DIST/FILE")]
     dtype: DType = "float32"
     compute_dtype: DType | None = Field(default=None, description="of activations and products; null: the weights'")
+    quantize: Quantize | None = Field(default=None, description="of the layers' matrices, frozen; null: as stored")
 
 
 class ModelConfig(WeightsConfig):
@@ -55,6 +58,10 @@ class RolloutConfig(Section):
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     min_p: Annotated[float, Field(ge=0.0, le=1.0, description="of the most likely token's probability")] = 0.0
     dtype: Literal["float32", "bfloat16"] | None = Field(default=None, description="of decoding; null: the model's")
+    cache: Literal["int8"] | None = Field(default=None, description="of keys and values; null: dtype of decoding")
+    activations: Literal["int8"] | None = Field(
+        default=None, description="rounded token by token before they meet int8 weights; null: dtype of decoding"
+    )
     log_probs: Literal["reuse", "recompute"] = Field(
         default="recompute",
         description="behaviour log-probabilities and values: from the decode, or from a pass of the update's own",
@@ -82,6 +89,7 @@ class CriticConfig(Section):
     )
     dtype: DType = "float32"
     compute_dtype: DType | None = None
+    quantize: Quantize | None = None
     optimizer: OptimizerConfig | None = Field(default=None, description="of its own; null: shared with the policy")
 
 
@@ -140,6 +148,19 @@ class RunConfig(Section):
     memory: MemoryConfig = MemoryConfig()
     logging: LoggingConfig = LoggingConfig()
 
+    @pydantic.model_validator(mode="after")
+    def _check_quantize(self) -> "RunConfig":
+        if self.model.quantize and self.adapter.type == "none":
+            raise ValueError(
+                f"model.quantize={self.model.quantize}: quantised weights are frozen; use adapter.type=lora"
+            )
+        if self.model.quantize and self.model.adapter:
+            raise ValueError(
+                "model.adapter cannot be merged into quantised weights; merge it first: rapidfire export MODEL FOLDER "
+                "--adapter ADAPTER"
+            )
+        return self
+
     @property
     def settings(self) -> Any:
         """The section of the algorithm."""
@@ -175,6 +196,12 @@ class OnlineRunConfig(RunConfig):
                 f"{rows // settings.minibatches} responses a minibatch are not a multiple of "
                 f"rl.micro_batches={settings.micro_batches}"
             )
+        if self.critic.quantize and self.adapter.type == "none":
+            raise ValueError(
+                f"critic.quantize={self.critic.quantize}: quantised weights are frozen; use adapter.type=lora"
+            )
+        if self.rollout.activations and self.model.quantize != "int8":
+            raise ValueError(f"rollout.activations=int8 needs model.quantize=int8; found {self.model.quantize}")
         if not algorithm.has_critic and self.critic != CriticConfig():
             raise ValueError(f"critic: {self.task} has none")
         if self.rollout.log_probs == "reuse":

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 import pydantic
 from pydantic import Field
 
-from rapidfire_jax.config.section import DType, Positive, Section
+from rapidfire_jax.config.section import DType, Positive, Quantize, Section
 
 KINDS = ("function", "model", "url")
 # Settings that not every kind has, and the kinds that have them.
@@ -16,6 +16,7 @@ OWNERS = {
     "args": ("function",),
     "dtype": ("model",),
     "compute_dtype": ("model",),
+    "quantize": ("model",),
     "max_length": ("model",),
     "text": ("model",),
     "chat_template": ("model",),
@@ -50,6 +51,7 @@ class RewardConfig(Section):
     args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the function")
     dtype: DType = "float32"
     compute_dtype: DType | None = Field(default=None, description="of activations and products; null: the weights'")
+    quantize: Quantize | None = Field(default=None, description="of the layers' matrices; null: as they are stored")
     max_length: Positive | None = Field(
         default=None, description="tokens; of a longer text the end counts; null: the model's context"
     )

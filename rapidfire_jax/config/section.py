@@ -13,6 +13,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Range = tuple[Fraction, Fraction]
 DType = Literal["float32", "bfloat16", "float16"]
+Quantize = Literal["int8", "int4", "nf4"]
 
 
 class Section(pydantic.BaseModel):

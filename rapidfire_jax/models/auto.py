@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+from flax import nnx
 from jax.typing import DTypeLike
 
 from rapidfire_jax.errors import InputError
 from rapidfire_jax.models import flax_msgpack, safetensors
+from rapidfire_jax.models.bitsandbytes import BitsAndBytesCheckpoint
 from rapidfire_jax.models.config import DecoderConfig
 from rapidfire_jax.models.decoder import Decoder, Precision
 from rapidfire_jax.models.families import FAMILIES, Family, from_hugging_face
@@ -16,6 +18,7 @@ from rapidfire_jax.models.gguf import read_gguf
 from rapidfire_jax.models.heads import CausalLM, RewardModel, ValueHead
 from rapidfire_jax.models.lora import merge_lora
 from rapidfire_jax.models.peft import load_adapter
+from rapidfire_jax.models.quantization import is_quantized
 from rapidfire_jax.models.sources import gguf_file, read_json, resolve
 from rapidfire_jax.models.weights import Checkpoint, Placement, load
 
@@ -37,6 +40,7 @@ class _AutoModel[M: Decoder]:
         dtype: DTypeLike = "float32",
         compute_dtype: DTypeLike | None = None,
         output_dtype: DTypeLike = "float32",
+        quantize: str | None = None,
         revision: str | None = None,
         placement: Placement | None = None,
     ) -> M:
@@ -48,6 +52,9 @@ class _AutoModel[M: Decoder]:
           dtype: of the weights: float32, bfloat16, float16, or "auto", as they are stored.
           compute_dtype: of activations and matrix products; None: that of the weights.
           output_dtype: of the logits; rewards are always float32.
+          quantize: "int8", "int4" or "nf4": the layers' matrices are rounded to it one by one while they are read;
+            embedding, head, norms and biases keep `dtype`. None: as they are stored, which is NF4 in a checkpoint of
+            bitsandbytes. Quantised weights are frozen: train adapters.
           revision: branch, tag or commit of a repository; `name@revision` says the same. Cache, token and offline mode
             are those of `huggingface_hub` (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE).
           placement: gives the sharding of each parameter by its path and shape.
@@ -61,7 +68,8 @@ class _AutoModel[M: Decoder]:
         precision = Precision(compute, _dtype_name("output_dtype", output_dtype, outputs))
         path = resolve(name, revision)
         checkpoint, family, config = open_checkpoint(path)
-        model = load(cls.kind, checkpoint, family, config, dtype=parameters, precision=precision, placement=placement)
+        weights = {"dtype": parameters, "precision": precision, "quantize": quantize, "placement": placement}
+        model = load(cls.kind, checkpoint, family, config, **weights)
         if isinstance(model, CausalLM) and path.is_dir() and (path / VALUE_HEAD).exists():
             _load_value_head(model, path / VALUE_HEAD)
         return model
@@ -99,6 +107,11 @@ def load_model(name: str, *, adapter: str | None = None, **precision: Any) -> Ca
 def _merged[M: Decoder](model: M, adapter: str | None) -> M:
     if adapter is None:
         return model
+    if is_quantized(nnx.state(model)):
+        raise InputError(
+            f"adapter {adapter}: cannot be merged into quantised weights; merge it into those of 16 bits first: "
+            "rapidfire export MODEL FOLDER --adapter ADAPTER"
+        )
     load_adapter(model, adapter)
     return merge_lora(model)
 
@@ -123,12 +136,29 @@ def open_checkpoint(path: Path) -> tuple[Checkpoint, Family, DecoderConfig]:
     config_file = path / "config.json"
     if not config_file.exists():
         raise InputError(f"{path}: not a model: it holds neither config.json nor a .gguf file")
-    config = from_hugging_face(read_json(config_file), where=str(config_file))
+    values = read_json(config_file)
+    config = from_hugging_face(values, where=str(config_file))
+    if _is_in_4_bits(values, config_file):
+        return BitsAndBytesCheckpoint(path), FAMILIES[config.family], config
     if any((path / name).exists() for name in safetensors.FILES):
         return safetensors.open_safetensors(path), FAMILIES[config.family], config
     if any((path / name).exists() for name in flax_msgpack.FILES):
         return flax_msgpack.open_flax_msgpack(path), FAMILIES[config.family], config
     raise InputError(_no_weights(path))
+
+
+def _is_in_4_bits(values: dict[str, Any], where: Path) -> bool:
+    """Whether the weights beside a `config.json` are those of bitsandbytes.
+
+    Raises:
+      InputError: they are quantised in another way.
+    """
+    said = values.get("quantization_config")
+    if said is None:
+        return False
+    if isinstance(said, dict) and said.get("quant_method") == "bitsandbytes" and said.get("load_in_4bit"):
+        return True
+    raise InputError(f"{where}: quantization_config={said!r:.200}; accepted: bitsandbytes with load_in_4bit, or none")
 
 
 def _no_weights(folder: Path) -> str:

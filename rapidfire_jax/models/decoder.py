@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rapidfire_jax.errors import InputError
 from rapidfire_jax.models.config import DecoderConfig
-from rapidfire_jax.models.layers import Block, Slots, View, make_norm
+from rapidfire_jax.models.layers import Block, LayerCache, Slots, View, make_norm
 from rapidfire_jax.models.rope import rotations
 
 type Mask = Bool[Array, "B S"] | Int[Array, "B S"]
@@ -25,10 +25,9 @@ type Mask = Bool[Array, "B S"] | Int[Array, "B S"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of the tokens seen so far, one pair of arrays a layer."""
+    """Keys and values of the tokens seen so far."""
 
-    keys: tuple[Float[Array, "B C K H"], ...]
-    values: tuple[Float[Array, "B C K H"], ...]
+    layers: tuple[LayerCache, ...]
     starts: Int[Array, "B"]  # slot of a row's first real token
     ends: Int[Array, "B"]  # slot after its last one
 
@@ -145,24 +144,24 @@ class Decoder(nnx.Module):
         return self.norm(self._scan(first, stack, x, mask, positions, remat=remat)[0])
 
     def prefill(
-        self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"], slots: int
+        self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"], slots: int, *, int8: bool = False
     ) -> tuple[Float[Array, "B S D"], KVCache]:
         """Like `hidden` for left-padded tokens, and a cache of `slots` >= S places a row with these in the first S.
 
-        The kernel that reads it wants a multiple of 8, which it is rounded up to.
+        The kernel that reads it wants a multiple of 8, which it is rounded up to. With `int8` the cache holds 8-bit
+        codes; these tokens themselves still see exact keys and values.
         """
         positions = count_positions(mask)
         room = -(-slots // 8) * 8 - tokens.shape[1]
-        keys: list[Array] = []
-        values: list[Array] = []
+        layers: list[LayerCache] = []
         x = self._embed(tokens, positions)
         for first, stack in self.numbered_stacks():
-            x, pair = self._scan(first, stack, x, mask, positions, keep=lambda x, pair: pair)
-            for layers, stacked in zip((keys, values), pair, strict=True):
-                layers.extend(jnp.pad(stacked, ((0, 0), (0, 0), (0, room), (0, 0), (0, 0))))
+            x, kept = self._scan(first, stack, x, mask, positions, keep=lambda x, pair: LayerCache.of(*pair, int8=int8))
+            for i in range(stack_size(stack)):
+                layers.append(jax.tree.map(lambda s, i=i: _with_room(s[i], room), kept))
         ends = jnp.full((tokens.shape[0],), tokens.shape[1], jnp.int32)
         starts = ends - mask.sum(axis=1, dtype=jnp.int32)
-        return self.norm(x), KVCache(tuple(keys), tuple(values), starts, ends)
+        return self.norm(x), KVCache(tuple(layers), starts, ends)
 
     def layers(self) -> list[Block]:
         """The blocks one by one, for `decode`: sliced here once instead of in every step."""
@@ -185,13 +184,12 @@ class Decoder(nnx.Module):
         """Adds one token to each row of the cache; its hidden state. Where `mask` is False, the row stays as it was."""
         x = self._embed(token[:, None], position[:, None])
         views = self._views(position[:, None])
-        pairs = []
-        for i, (block, keys, values) in enumerate(zip(layers, cache.keys, cache.values, strict=True)):
+        written = []
+        for i, (block, cached) in enumerate(zip(layers, cache.layers, strict=True)):
             view = views[i in self.config.local_layers]
-            x, written = block(x, view, slots=Slots(keys, values, cache.starts, cache.ends))
-            pairs.append(written)
-        all_keys, all_values = zip(*pairs, strict=True)
-        return self.norm(x)[:, 0], KVCache(all_keys, all_values, cache.starts, cache.ends + mask.astype(jnp.int32))
+            x, now = block(x, view, slots=Slots(cached, cache.starts, cache.ends))
+            written.append(now)
+        return self.norm(x)[:, 0], KVCache(tuple(written), cache.starts, cache.ends + mask.astype(jnp.int32))
 
     def _embed(self, tokens: Int[Array, "B S"], positions: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         x = self.embedding[...][tokens].astype(self.compute_dtype)
@@ -235,6 +233,11 @@ class Decoder(nnx.Module):
 def stack_size(stack: Block) -> int:
     """Number of layers in a stack."""
     return stack.q_proj.kernel.shape[0]
+
+
+def _with_room(cached: Array, room: int) -> Array:
+    """More slots at the end of `[B, S, ...]`."""
+    return jnp.pad(cached, ((0, 0), (0, room), *((0, 0),) * (cached.ndim - 2)))
 
 
 def count_positions(mask: Mask) -> Int[Array, "B S"]:

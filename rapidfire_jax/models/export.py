@@ -1,10 +1,10 @@
 """Writes models so that transformers, vLLM and everything that reads their files can load them."""
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -13,9 +13,9 @@ from rapidfire_jax.models.decoder import Decoder
 from rapidfire_jax.models.families import FAMILIES, Family, to_hugging_face
 from rapidfire_jax.models.folders import replacing
 from rapidfire_jax.models.heads import CausalLM, RewardModel
-from rapidfire_jax.models.lora import merge_lora
+from rapidfire_jax.models.lora import merged_parameter
 from rapidfire_jax.models.tokenizer import check_vocabulary, load_tokenizer, stop_ids
-from rapidfire_jax.models.weights import Stored, parameters, stored_tensors, to_stored
+from rapidfire_jax.models.weights import Stored, parameters, stored_shapes, stored_tensors, to_stored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -34,7 +34,8 @@ def save_pretrained(
     """Writes a Hugging Face folder: configuration, weights with adapters merged, tokenizer, and the value head beside.
 
     Args:
-      model: a language model or a reward model, with or without adapters and value head; written in its dtype.
+      model: a language model or a reward model, with or without adapters and value head; written in the dtype of its
+        embedding, quantised matrices too.
       folder: new, empty, or an earlier export, which is replaced.
       tokenizer: written with its chat template; its special tokens go into the configuration.
       eos_ids: tokens that end a response, if there are others than the tokenizer's.
@@ -43,19 +44,19 @@ def save_pretrained(
     Raises:
       InputError: `folder` holds something else.
     """
-    merged = parameters(merge_lora(model))
+    arrays = parameters(model)
     family = FAMILIES[model.config.family]
     is_reward = isinstance(model, RewardModel)
     # Null where there is no tokenizer: transformers would put a default of the family's own in place of an absent key.
     special = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id", None) for role in ("bos", "eos", "pad")}
     generation = special | ({"eos_token_id": list(eos_ids)} if len(eos_ids) > 1 else {})
     with replacing(Path(folder)) as new:
-        config = to_hugging_face(model.config, dtype=merged["embedding"].dtype.name, scalar_head=is_reward)
+        config = to_hugging_face(model.config, dtype=model.embedding.dtype.name, scalar_head=is_reward)
         _write_json(new / "config.json", config | special)
         if not is_reward:
             _write_json(new / "generation_config.json", generation)
-        stored = stored_tensors(family, merged, model.config.num_layers)
-        _save_shards(merged, stored, family, model.config.num_heads, new, max_shard_bytes)
+        stored = stored_tensors(family, arrays, model.config.num_layers)
+        _save_shards(model, stored, family, new, max_shard_bytes)
         if isinstance(model, CausalLM) and model.has_value_head:
             head = {
                 "v_head.summary.weight": np.asarray(model.value_kernel[...])[None],
@@ -89,19 +90,11 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def _save_shards(
-    arrays: dict[str, jax.Array],
-    stored: dict[str, Stored],
-    family: Family,
-    heads: int,
-    folder: Path,
-    max_bytes: int,
-) -> None:
+def _save_shards(model: Decoder, stored: dict[str, Stored], family: Family, folder: Path, max_bytes: int) -> None:
     """Writes the stored tensors, holding one file's worth at a time."""
-    sizes = {
-        name: sum(arrays[path].nbytes // (1 if layer is None else len(arrays[path])) for path in paths)
-        for name, (paths, layer) in stored.items()
-    }
+    shapes = stored_shapes(type(model), family, model.config)
+    itemsize = model.embedding.dtype.itemsize
+    sizes = {name: math.prod(shapes[name]) * itemsize for name in stored}
     shards: list[list[str]] = [[]]
     room = max_bytes
     for name, size in sizes.items():
@@ -118,10 +111,10 @@ def _save_shards(
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         _write_json(folder / "model.safetensors.index.json", index)
     for file, shard in zip(files, shards, strict=True):
-        tensors = {name: _tensor(arrays, stored[name], family, heads) for name in shard}
+        tensors = {name: _tensor(model, stored[name], family) for name in shard}
         save_file(tensors, folder / file, METADATA)
 
 
-def _tensor(arrays: dict[str, jax.Array], stored: Stored, family: Family, heads: int) -> np.ndarray:
-    parts = [np.asarray(arrays[p] if stored.layer is None else arrays[p][stored.layer]) for p in stored.paths]
-    return np.ascontiguousarray(to_stored(family, stored.paths[0], parts, heads))
+def _tensor(model: Decoder, stored: Stored, family: Family) -> np.ndarray:
+    parts = [np.asarray(merged_parameter(model, path, stored.layer)) for path in stored.paths]
+    return np.ascontiguousarray(to_stored(family, stored.paths[0], parts, model.config.num_heads))

@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int8
 
-from pallas_kernels import rms_norm
+from pallas_kernels import Quantized, quantize_cache, rms_norm
 from pallas_kernels.decode_attention.api import decode_attention
 from pallas_kernels.flash_attention.api import flash_attention
 from rapidfire_jax.models.config import DecoderConfig
+from rapidfire_jax.models.quantization import dense, multiply, shape_of
 from rapidfire_jax.models.rope import rotate
 
 _tanh_gelu = partial(jax.nn.gelu, approximate=True)
@@ -38,17 +39,39 @@ class View(NamedTuple):
     window: Int[Array, ""] | int | None  # tokens that a token sees, itself included; None: all before it
 
 
-class Slots(NamedTuple):
-    """Keys and values of one layer, and where in them each row's sequence stands."""
+class LayerCache(NamedTuple):
+    """Keys and values of one layer: in the compute dtype, or int8 codes with a scale for each token and head."""
 
-    keys: Float[Array, "B C K H"]
-    values: Float[Array, "B C K H"]
+    keys: Float[Array, "B C K H"] | Int8[Array, "B C K H"]
+    values: Float[Array, "B C K H"] | Int8[Array, "B C K H"]
+    key_scales: Float[Array, "B C K"] | None = None
+    value_scales: Float[Array, "B C K"] | None = None
+
+    @classmethod
+    def of(cls, keys: Float[Array, "*M H"], values: Float[Array, "*M H"], *, int8: bool) -> "LayerCache":
+        """What stands in a cache for some keys and values, whatever their leading axes."""
+        if not int8:
+            return cls(keys, values)
+        (key_codes, key_scales), (value_codes, value_scales) = quantize_cache(keys), quantize_cache(values)
+        return cls(key_codes, value_codes, key_scales, value_scales)
+
+
+class Slots(NamedTuple):
+    """The cache of one layer, and where in it each row's sequence stands."""
+
+    cache: LayerCache
     starts: Int[Array, "B"]  # slot of the first token
     ends: Int[Array, "B"]  # slot after the last one, where the next is written
 
+    def write(self, keys: Float[Array, "B K H"], values: Float[Array, "B K H"]) -> LayerCache:
+        """The cache with the next token of each row in it."""
+        new = LayerCache.of(keys, values, int8=self.cache.key_scales is not None)
+        rows = jnp.arange(len(self.ends))
+        return jax.tree.map(lambda cached, x: cached.at[rows, self.ends].set(x), self.cache, new)
+
 
 class Linear(nnx.Module):
-    """`x W + b`, plus `scale * (x A) B` once `add_lora` has been called."""
+    """`x W + b`, plus `scale * (x A) B` once `add_lora` has been called. W may be quantised; it is frozen then."""
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = False, dtype: DTypeLike, rngs: nnx.Rngs):
         init = jax.nn.initializers.normal(0.02)
@@ -58,7 +81,7 @@ class Linear(nnx.Module):
 
     def add_lora(self, rank: int, scale: float, key: Array) -> None:
         """Adds adapter leaves: A uniform as in `peft` (Kaiming, a=sqrt 5), B zero, so that nothing changes at first."""
-        *layers, in_features, out_features = self.kernel.shape
+        *layers, in_features, out_features = shape_of(self.kernel.get_value())
         bound = in_features**-0.5
         self.lora_a = nnx.LoRAParam(jax.random.uniform(key, (*layers, in_features, rank), jnp.float32, -bound, bound))
         self.lora_b = nnx.LoRAParam(jnp.zeros((*layers, rank, out_features), jnp.float32))
@@ -66,12 +89,27 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*M in"]) -> Float[Array, "*M out"]:
         """The product, in the dtype of `x`."""
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = multiply(x, self.kernel.get_value())
         if self.bias is not None:
             y += jnp.broadcast_to(self.bias[...].astype(x.dtype), y.shape)
         if self.lora_scale is not None:
             y += (x @ self.lora_a[...].astype(x.dtype)) @ (self.lora_b[...] * self.lora_scale).astype(x.dtype)
         return y
+
+    def merged(self, dtype: DTypeLike, layer: int | None = None) -> Float[Array, "*L in out"]:
+        """The kernel of all layers or of one with its adapter folded in; in `dtype` if it was quantised."""
+        kernel, *adapter = (
+            x if layer is None else jax.tree.map(lambda w: w[layer], x)
+            for x in (self.kernel.get_value(), *self._adapter())
+        )
+        dtype = dtype if isinstance(kernel, Quantized) else kernel.dtype
+        if adapter:
+            delta = jnp.einsum("...ir,...ro->...io", *adapter, precision="highest")
+            return (dense(kernel, jnp.float32) + delta).astype(dtype)
+        return dense(kernel, dtype)
+
+    def _adapter(self) -> list[Array]:
+        return [] if self.lora_scale is None else [self.lora_a[...], self.lora_b[...] * self.lora_scale]
 
 
 class RMSNorm(nnx.Module):
@@ -146,7 +184,7 @@ class Block(nnx.Module):
         """Returns the new residual stream and this layer's keys and values.
 
         Either `segments` say which tokens of `x` see each other, or `x` is one token a row that is added to `slots`;
-        then keys and values are those of all slots.
+        then the cache with it takes the place of keys and values.
         """
         attended, pair = self._attention(self.attention_norm(x), view, segments, slots)
         if self.attention_post_norm is not None:
@@ -166,16 +204,16 @@ class Block(nnx.Module):
             q, k = rotate(q, *view.rotation), rotate(k, *view.rotation)
         scale, soft_cap = self.config.attention_scale, self.config.attention_soft_cap
         if slots is None:
+            seen = k, v
             mixed = flash_attention(q, k, v, segments=segments, window=view.window, scale=scale, soft_cap=soft_cap).out
         else:
-            rows = jnp.arange(B)
-            k = slots.keys.at[rows, slots.ends].set(k[:, 0])
-            v = slots.values.at[rows, slots.ends].set(v[:, 0])
+            seen = slots.write(k[:, 0], v[:, 0])
             ends, starts = slots.ends + 1, slots.starts
             if view.window is not None:
                 starts = jnp.maximum(starts, ends - view.window)
-            mixed = decode_attention(q[:, 0], k, v, ends, starts=starts, scale=scale, soft_cap=soft_cap)
-        return self.o_proj(mixed.reshape(B, S, -1)), (k, v)
+            cached = {"key_scales": seen.key_scales, "value_scales": seen.value_scales, "starts": starts}
+            mixed = decode_attention(q[:, 0], seen.keys, seen.values, ends, scale=scale, soft_cap=soft_cap, **cached)
+        return self.o_proj(mixed.reshape(B, S, -1)), seen
 
     def _mlp(self, x):
         act = ACTIVATION[self.config.activation]

@@ -1,6 +1,7 @@
 """Low-rank adapters (Hu et al. 2021) on the projections of a decoder."""
 
 import math
+from operator import attrgetter
 
 import jax
 import jax.numpy as jnp
@@ -72,17 +73,33 @@ def add_lora(
             getattr(model.stacks[-1], name).add_lora(rank, alpha / (math.sqrt(rank) if rslora else rank), one)
 
 
+def merged_parameter(model: Decoder, path: str, layer: int | None) -> Array:
+    """A parameter of the model that `merge_lora` makes, as an array; of one layer if they are stacked.
+
+    Nothing else is merged or restored: a model may be larger in 16 bits than there is room for.
+    """
+    parts = path.split(".")
+    if layer is None:
+        return attrgetter(path)(model).get_value()
+    first, stack = next((i, stack) for i, stack in reversed(model.numbered_stacks()) if i <= layer)
+    owner = attrgetter(".".join(parts[1:-1]))(stack)
+    if parts[-1] == "kernel":
+        return owner.merged(model.embedding.dtype, layer - first)
+    return getattr(owner, parts[-1])[layer - first]
+
+
 def merge_lora[M: Decoder](model: M) -> M:
-    """A new model in one stack with the adapters folded into the kernels, and without adapters and value head."""
+    """A new model in one stack with the adapters folded into the kernels, and without adapters and value head.
+
+    Quantised kernels that had an adapter become arrays in the dtype of the embedding.
+    """
     arrays = parameters(model)
-    for prefix, stack in zip(("blocks", "top_blocks"), model.stacks, strict=False):
-        for name in PROJECTIONS:
-            linear = getattr(stack, name)
-            if linear is not None and linear.lora_scale is not None:
-                kernel, scaled_b = linear.kernel[...], linear.lora_b[...] * linear.lora_scale
-                delta = jnp.einsum("lir,lro->lio", linear.lora_a[...], scaled_b, precision="highest")
-                arrays[f"{prefix}.{name}.kernel"] = (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
+    for name in PROJECTIONS:
+        linears = [getattr(stack, name) for stack in model.stacks]
+        if any(linear is not None and linear.lora_scale is not None for linear in linears):
+            for prefix, linear in zip(("blocks", "top_blocks"), linears, strict=False):
+                arrays[f"{prefix}.{name}.kernel"] = linear.merged(model.embedding.dtype)
     for path in [path for path in arrays if path.startswith("top_blocks.") and ".lora_" not in path]:
         below = path.removeprefix("top_")
-        arrays[below] = jnp.concatenate([arrays[below], arrays[path]])
+        arrays[below] = jax.tree.map(lambda *parts: jnp.concatenate(parts), arrays[below], arrays[path])
     return assemble(type(model), model.config, arrays, model.precision)

@@ -24,6 +24,7 @@ from rapidfire_jax.models.folders import replacing
 from rapidfire_jax.models.heads import RewardModel, ValueHead
 from rapidfire_jax.models.layers import Linear
 from rapidfire_jax.models.lora import PROJECTIONS, module_name
+from rapidfire_jax.models.quantization import shape_of
 from rapidfire_jax.models.safetensors import Safetensors
 from rapidfire_jax.models.sources import read_json, resolve
 from rapidfire_jax.models.weights import from_stored, to_stored
@@ -141,8 +142,8 @@ def _fused_projections(model: Decoder) -> dict[str, list[str]]:
 
 def _attach(model: Decoder, linears: list[Linear], first: str, adapters: dict[int, _Adapter]) -> None:
     """Gives the linears of a module, of which `first` is the first projection, the module's adapters by layer."""
-    layers, ins, _ = linears[0].kernel.shape
-    widths = [linear.kernel.shape[-1] for linear in linears]
+    layers, ins, _ = shape_of(linears[0].kernel.get_value())
+    widths = [shape_of(linear.kernel.get_value())[-1] for linear in linears]
     rank = max(len(adapter.a) for adapter in adapters.values())
     scale = next(iter(adapters.values())).scale
     a = np.zeros((layers, ins, rank), np.float32)
@@ -173,7 +174,7 @@ def _joined(model: Decoder, stack: Any, parts: list[str], layer: int) -> _Adapte
     a = blocks[0] if shared else np.concatenate(blocks)
     columns, start = [], 0
     for linear in linears:
-        b = np.zeros((len(a), linear.kernel.shape[-1]), np.float32)
+        b = np.zeros((len(a), shape_of(linear.kernel.get_value())[-1]), np.float32)
         if linear.lora_scale is not None:
             own = np.asarray(linear.lora_b[...][layer]) * np.float32(linear.lora_scale / scale)
             begin = 0 if shared else start
@@ -257,7 +258,7 @@ def _modules(model: Decoder) -> dict[str, tuple[int, int]]:
     """Name of every module that can be adapted -> input and output width."""
     sizes = {}
     for pattern, parts in _fused_projections(model).items():
-        shapes = [getattr(model.blocks, part).kernel.shape for part in parts]
+        shapes = [shape_of(getattr(model.blocks, part).kernel.get_value()) for part in parts]
         sizes[pattern] = shapes[0][-2], sum(shape[-1] for shape in shapes)
     return {pattern.format(i): size for pattern, size in sizes.items() for i in range(model.config.num_layers)}
 

@@ -14,9 +14,11 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import linear_logprob
+from rapidfire_jax.errors import InputError
 from rapidfire_jax.models.decoder import Decoder
 from rapidfire_jax.models.heads import CausalLM, RewardModel, ValueParam
 from rapidfire_jax.models.lora import add_lora
+from rapidfire_jax.models.quantization import is_quantized
 
 type Params = Any  # a pytree of arrays
 
@@ -155,7 +157,13 @@ def make_policy(
 def split_parameters(
     model: CausalLM | RewardModel, lora: dict[str, Any] | None, key: Array, *, value_head: bool
 ) -> tuple[Any, Any, Params, Params]:
-    """Graph definitions with and without what is added for training, frozen and trainable parameters."""
+    """Graph definitions with and without what is added for training, frozen and trainable parameters.
+
+    Raises:
+      InputError: quantised weights that should be trained.
+    """
+    if lora is None and is_quantized(nnx.state(model)):
+        raise InputError("quantised weights are frozen; train adapters (adapter.type: lora), or load 16 bits")
     if lora is not None and lora.get("layers") is not None:
         if isinstance(model, RewardModel):
             lora = lora | {"layers": min(lora["layers"], model.config.num_layers)}

@@ -1,8 +1,8 @@
 """Checkpoints <-> models: which stored tensor holds which parameter, and filling a model from them.
 
 Stored matrices lie one a layer, most of them `[out, in]`; ours are `[in, out]`, stacked over layers. A parameter is
-filled tensor by tensor in its final dtype, so that the host never holds more than that parameter and one stored tensor
-beside what is already in place.
+filled tensor by tensor in its final dtype or quantised format, so that the host never holds more than that parameter
+and one stored tensor beside what is already in place.
 """
 
 import functools
@@ -17,10 +17,12 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from pallas_kernels import Quantized, dequantize
 from rapidfire_jax.errors import InputError
 from rapidfire_jax.models.config import DecoderConfig
 from rapidfire_jax.models.decoder import AS_STORED, Decoder, Precision
 from rapidfire_jax.models.families import Family
+from rapidfire_jax.models.quantization import Kernel, QuantizedBuffer, check_format, take_outputs
 
 type Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
@@ -32,8 +34,8 @@ class Checkpoint(Protocol):
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, np.dtype]
 
-    def read(self, name: str) -> np.ndarray:
-        """Tensor `name` in `shapes[name]`, in memory of its own."""
+    def read(self, name: str) -> np.ndarray | Quantized:
+        """Tensor `name` in `shapes[name]`, in memory of its own; a matrix may come quantised."""
         ...
 
 
@@ -44,14 +46,12 @@ class Stored(NamedTuple):
     layer: int | None
 
 
-def parameters(model: Decoder) -> dict[str, jax.Array]:
-    """Dotted path -> array of everything in `model`, adapters and value head included."""
+def parameters(model: Decoder) -> dict[str, Kernel]:
+    """Dotted path -> array of everything in `model`, adapters and value head included; kernels may be quantised."""
     return {_dotted(path): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(model))}
 
 
-def assemble[M: Decoder](
-    kind: type[M], config: DecoderConfig, arrays: Mapping[str, jax.Array], precision: Precision
-) -> M:
+def assemble[M: Decoder](kind: type[M], config: DecoderConfig, arrays: Mapping[str, Kernel], precision: Precision) -> M:
     """A model from arrays by dotted path; others than a plain `kind` has are left out."""
     graphdef, leaves = _structure(kind, config, precision)
     filled = [(path, leaf.replace(arrays[_dotted(path)])) for path, leaf in leaves]
@@ -111,6 +111,7 @@ def load[M: Decoder](
     *,
     dtype: DTypeLike | None,
     precision: Precision,
+    quantize: str | None = None,
     placement: Placement | None = None,
 ) -> M:
     """A model of class `kind` with the tensors of a checkpoint.
@@ -122,6 +123,7 @@ def load[M: Decoder](
       config: fixes the shapes.
       dtype: of the parameters; None: as they are stored.
       precision: in what the model computes.
+      quantize: format of the layers' matrices, of `pallas_kernels.quantize`; None: as they are stored.
       placement: sharding of a parameter by its path and shape; None: the default device.
 
     Raises:
@@ -130,8 +132,10 @@ def load[M: Decoder](
     ours = _shapes(kind, config, precision)
     expected = stored_tensors(family, ours, config.num_layers)
     held = _find(checkpoint, family, config, expected, ours)
+    check_format(quantize, str(checkpoint.where), ours)
+    format = quantize or getattr(checkpoint, "format", None)
 
-    arrays: dict[str, jax.Array] = {}
+    arrays: dict[str, Kernel] = {}
     groups: dict[tuple[str, ...], dict[str, Stored]] = {}
     for name, stored in expected.items():
         groups.setdefault(stored.paths, {})[name] = stored
@@ -139,19 +143,37 @@ def load[M: Decoder](
         kinds = {checkpoint.dtypes[held[name]] for name in group}
         target = np.dtype(dtype if dtype is not None else kinds.pop() if len(kinds) == 1 else np.float32)
         target = np.dtype(np.float32) if target == np.float64 else target
-        buffers = [_aligned(ours[path], target) for path in paths]
+        buffers = [
+            QuantizedBuffer(ours[path], format) if format and path.endswith(".kernel") else Buffer(ours[path], target)
+            for path in paths
+        ]
         for name, stored in group.items():
             value = checkpoint.read(held[name])
             if not _is_finite(value):
                 warnings.warn(f"{checkpoint.where}: tensor {held[name]!r} holds NaN or infinite values", stacklevel=2)
-            parts = from_stored(family, paths[0], value, [ours[path][-1] for path in paths], config.num_heads)
+            parts = _parts_of(family, paths[0], value, [ours[path][-1] for path in paths], config.num_heads, format)
             for buffer, part in zip(buffers, parts, strict=True):
-                buffer[... if stored.layer is None else stored.layer] = part
+                buffer.fill(stored.layer, part)
             del value, parts
         for path, buffer in zip(paths, buffers, strict=True):
-            arrays[path] = jax.device_put(buffer, None if placement is None else placement(path, buffer.shape))
+            arrays[path] = jax.tree.map(
+                lambda x, path=path: jax.device_put(x, None if placement is None else placement(path, x.shape)),
+                buffer.value,
+            )
         del buffers
     return assemble(kind, config, arrays, precision)
+
+
+def _parts_of(
+    family: Family, path: str, value: np.ndarray | Quantized, widths: list[int], heads: int, format: str | None
+) -> list[np.ndarray] | list[Quantized]:
+    """The parts of a stored tensor in our layout; quantised if it is stored in the format that is wanted."""
+    if isinstance(value, Quantized):
+        if value.format == format and _is_swapped(family, path):
+            numbers = np.arange(value.shape[0])[:, None]  # of outputs, as the one column of a matrix
+            return [take_outputs(value, rows[0]) for rows in from_stored(family, path, numbers, widths, heads)]
+        value = np.asarray(dequantize(value))
+    return from_stored(family, path, value, widths, heads)
 
 
 def _find(
@@ -223,8 +245,21 @@ def _dotted(path: tuple) -> str:
     return ".".join(map(str, path))
 
 
-def _is_finite(value: np.ndarray) -> bool:
+class Buffer:
+    """A parameter that is filled layer by layer, on the host."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype):
+        self.value = _aligned(shape, dtype)
+
+    def fill(self, layer: int | None, part: np.ndarray) -> None:
+        """Takes the array of a layer, or the whole of a parameter that is not stacked."""
+        self.value[... if layer is None else layer] = part
+
+
+def _is_finite(value: np.ndarray | Quantized) -> bool:
     """Whether no value is NaN or infinite, looked at in slices that stay small."""
+    if isinstance(value, Quantized):
+        return all(_is_finite(np.asarray(x)) for x in (value.block_scale, value.offset))
     flat = value.ravel(order="K")
     return all(np.isfinite(flat[i : i + 2**20]).all() for i in range(0, len(flat), 2**20))
 

@@ -60,7 +60,7 @@ class NeuralReward:
         name = config.model
         assert name is not None
         model = FlaxAutoModelForSequenceClassification.from_pretrained(
-            name, dtype=config.dtype, compute_dtype=config.compute_dtype
+            name, dtype=config.dtype, compute_dtype=config.compute_dtype, quantize=config.quantize
         )
         tokenizer = load_tokenizer(name)
         check_vocabulary(name, model.config.vocab_size, tokenizer)

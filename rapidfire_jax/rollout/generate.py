@@ -25,6 +25,7 @@ class SamplingConfig:
     top_p: float = 1.0
     min_p: float = 0.0
     greedy: bool = False
+    int8_cache: bool = False  # keys and values in 8 bits
 
 
 class Generation(NamedTuple):
@@ -111,7 +112,7 @@ def generate(
         hidden, cache = model.decode(layers, loop.cache, token, mask, lengths + loop.t - 1)
         return choose(loop._replace(cache=cache), hidden)
 
-    hidden, cache = model.prefill(prompts, prompt_mask, P + T)
+    hidden, cache = model.prefill(prompts, prompt_mask, P + T, int8=config.int8_cache)
     start = _Loop(
         t=jnp.zeros((), jnp.int32),
         key=key,

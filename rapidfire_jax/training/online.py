@@ -17,9 +17,10 @@ import optax
 from rapidfire_jax.algorithms import online, tasks
 from rapidfire_jax.algorithms.advantages import informative_groups
 from rapidfire_jax.algorithms.online import OnlineAlgorithm, Rollouts
-from rapidfire_jax.config import OnlineRunConfig
+from rapidfire_jax.config import OnlineRunConfig, RolloutConfig
 from rapidfire_jax.data.prompts import PromptSet, load_prompts, pad_batch, prompt_buckets
 from rapidfire_jax.models.policy import Policy
+from rapidfire_jax.models.quantization import cast, round_inputs
 from rapidfire_jax.models.tokenizer import stop_ids
 from rapidfire_jax.rewards.base import Reward, Scores, load_reward
 from rapidfire_jax.rollout.generate import SamplingConfig, generate
@@ -44,17 +45,17 @@ def compile_programs(
     sampling: SamplingConfig,
     optimizer: optax.GradientTransformation,
     config: Any,
-    dtype: str | None,
+    decoding: RolloutConfig,
 ) -> Programs:
     """Binds the static half of a run to the pure functions and jits them."""
 
-    def cast(tree):
-        return tree if dtype is None else jax.tree.map(lambda x: x.astype(dtype), tree)
-
     def rollout(frozen, trainable, ids, mask, key, temperature):
-        model = policy.merge(cast(frozen), trainable if not policy.full else cast(trainable))
-        if dtype is not None:
-            model.precision = dataclasses.replace(model.precision, compute=dtype)
+        if decoding.dtype is not None:
+            frozen = cast(frozen, decoding.dtype)
+            trainable = cast(trainable, decoding.dtype) if policy.full else trainable
+        model = policy.merge(round_inputs(frozen) if decoding.activations else frozen, trainable)
+        if decoding.dtype is not None:
+            model.precision = dataclasses.replace(model.precision, compute=decoding.dtype)
         out = generate(model, ids, mask, key, temperature + config.temperature_shift, config=sampling)
         v_t = out.v_t if algorithm.has_critic else None
         return Rollouts(out.tokens, out.attention_mask, out.mask_t, out.ended, out.logp_t, v_t)
@@ -136,11 +137,12 @@ class OnlineJob:
             top_k=config.rollout.top_k,
             top_p=config.rollout.top_p,
             min_p=config.rollout.min_p,
+            int8_cache=config.rollout.cache == "int8",
         )
         assert isinstance(trainee.model, Policy)
         self.policy = trainee.model
         self.programs = compile_programs(
-            self.algorithm, self.policy, sampling, trainee.optimizer, self.static, config.rollout.dtype
+            self.algorithm, self.policy, sampling, trainee.optimizer, self.static, config.rollout
         )
 
     def _try_rewards(self, prompts: PromptSet) -> None:

@@ -28,7 +28,7 @@ def test_policy(folder, dtype, compute, output):
     assert {leaf.dtype.name for leaf in parameters(model).values()} == {dtype}
     hidden = model.hidden(TOKENS, MASK)
     assert hidden.dtype == (compute or dtype)
-    assert model.prefill(TOKENS, MASK, 9)[1].keys[0].dtype == (compute or dtype)
+    assert model.prefill(TOKENS, MASK, 9)[1].layers[0].keys.dtype == (compute or dtype)
     logits = model.logits(hidden)
     assert logits.dtype == output
     exact = np.asarray(tiny_model()(TOKENS, MASK))

@@ -1,6 +1,6 @@
 """Writes nf4.npz: weights and what bitsandbytes on a CPU makes of them, double-quantised NF4 in blocks of 64.
 
-Runs in an environment of its own (Python 3.11, torch 2.13.0, bitsandbytes 0.49.2), without arguments.
+Runs in an environment of its own (Python 3.11, torch 2.13.0, bitsandbytes 0.50.2), without arguments.
 """
 
 from pathlib import Path
