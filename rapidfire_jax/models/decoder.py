@@ -7,6 +7,8 @@ into one row, int32 segment ids, 0 at padding. A token sees its own segment only
 """
 
 import dataclasses
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +32,13 @@ class KVCache:
     layers: tuple[LayerCache, ...]
     starts: Int[Array, "B"]  # slot of a row's first real token
     ends: Int[Array, "B"]  # slot after its last one
+
+
+class Layer(NamedTuple):
+    """One block, taken apart."""
+
+    graphdef: nnx.GraphDef
+    weights: nnx.State
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,19 +172,17 @@ class Decoder(nnx.Module):
         starts = ends - mask.sum(axis=1, dtype=jnp.int32)
         return self.norm(x), KVCache(tuple(layers), starts, ends)
 
-    def layers(self) -> list[Block]:
+    def layers(self) -> list[Layer]:
         """The blocks one by one, for `decode`: sliced here once instead of in every step."""
-        blocks = []
+        layers = []
         for stack in self.stacks:
             graphdef, stacked = nnx.split(stack)
-            blocks += [
-                nnx.merge(graphdef, jax.tree.map(lambda w, i=i: w[i], stacked)) for i in range(stack_size(stack))
-            ]
-        return blocks
+            layers += [Layer(graphdef, jax.tree.map(lambda w, i=i: w[i], stacked)) for i in range(stack_size(stack))]
+        return layers
 
     def decode(
         self,
-        layers: list[Block],
+        layers: list[Layer],
         cache: KVCache,
         token: Int[Array, "B"],
         mask: Bool[Array, "B"],
@@ -185,9 +192,9 @@ class Decoder(nnx.Module):
         x = self._embed(token[:, None], position[:, None])
         views = self._views(position[:, None])
         written = []
-        for i, (block, cached) in enumerate(zip(layers, cache.layers, strict=True)):
+        for i, (layer, cached) in enumerate(zip(layers, cache.layers, strict=True)):
             view = views[i in self.config.local_layers]
-            x, now = block(x, view, slots=Slots(cached, cache.starts, cache.ends))
+            x, now = _decode_layer(layer.graphdef, layer.weights, x, view, Slots(cached, cache.starts, cache.ends))
             written.append(now)
         return self.norm(x)[:, 0], KVCache(tuple(written), cache.starts, cache.ends + mask.astype(jnp.int32))
 
@@ -228,6 +235,12 @@ class Decoder(nnx.Module):
             return x, None if keep is None else keep(x, pair)
 
         return jax.lax.scan(jax.checkpoint(step) if remat else step, x, (layers, jnp.array(is_local)))
+
+
+@partial(jax.jit, static_argnums=0)
+def _decode_layer(graphdef: nnx.GraphDef, weights: nnx.State, x: Array, view: View, slots: Slots):
+    """One layer of `decode`; jitted so that the kernels of all layers alike are traced and lowered once."""
+    return nnx.merge(graphdef, weights)(x, view, slots=slots)
 
 
 def stack_size(stack: Block) -> int:
