@@ -42,8 +42,8 @@ class LossScale:
 
 def init_loss_scale(scale: float = 2.0**15, growth_interval: int = 2000) -> LossScale:
     """The scale of a first step."""
-    zero = jnp.zeros((), jnp.int32)
-    return LossScale(jnp.float32(scale), zero, zero, growth_interval)
+    in_a_row, skipped = (jnp.zeros((), jnp.int32) for _ in range(2))  # two arrays, so that both can be donated
+    return LossScale(jnp.asarray(scale, jnp.float32), in_a_row, skipped, growth_interval)
 
 
 def all_finite(*arrays: Array) -> Bool[Array, ""]:
