@@ -89,7 +89,6 @@ def separate_optimizers(
       policy, critic: of `make_optimizer`.
       is_critic: parameters -> a tree of bools, made by mapping over what it is given.
     """
-
     optimizers = policy, critic
 
     def half(tree: Any, wanted: bool) -> Any:
@@ -131,7 +130,7 @@ def _adamw_8bit(
 ) -> FusedOptimizer:
     """Its updates are exact differences: adding them gives the parameters of its step.
 
-    bfloat16 parameters are rounded stochastically, with bits that depend on step and place alone.
+    Random bits, with which bfloat16 parameters are rounded, depend on step and place alone.
     """
 
     def init(params: Any) -> AdamW8bitState:
