@@ -13,6 +13,7 @@ from .algorithms.grpo import (
     grpo_update,
 )
 from .algorithms.kl import adapt_kl_coef, kl_estimate
+from .algorithms.loss_scale import LossScale, init_loss_scale
 from .algorithms.offline import CompletionBatch, LabelledBatch, PreferenceBatch
 from .algorithms.online import PolicyBatch, Rollouts
 from .algorithms.optimizer import make_optimizer, separate_optimizers
@@ -77,6 +78,7 @@ __all__ = [
     "GRPOHParams",
     "Generation",
     "LabelledBatch",
+    "LossScale",
     "PPOBatch",
     "PPOConfig",
     "PPOHParams",
@@ -110,6 +112,7 @@ __all__ = [
     "grpo_step",
     "grpo_targets",
     "grpo_update",
+    "init_loss_scale",
     "init_state",
     "kl_estimate",
     "leave_one_out_advantages",

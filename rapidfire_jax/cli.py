@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rapidfire_jax.config import load_config
+from rapidfire_jax.config import load_config, with_dtypes
 from rapidfire_jax.errors import InputError
 
 app = typer.Typer(
@@ -58,6 +58,7 @@ def train(
     debug: Debug = False,
 ) -> None:
     """Run a configured job, or continue one."""
+    from rapidfire_jax.models.precision import hardware_dtype
     from rapidfire_jax.training.run_directory import RunDirectory
 
     if (config is None) == (resume is None):
@@ -67,7 +68,7 @@ def train(
         run_config = run.load_config()
     else:
         assert config is not None
-        run_config = load_config(config, overrides or [])
+        run_config = with_dtypes(load_config(config, overrides or []), hardware_dtype())
         run = RunDirectory.create(run_config)
     from rapidfire_jax.training.job import train as train_job
 

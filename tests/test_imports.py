@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[1]
 RANKS = {
     "pallas_kernels": 0,
     "errors": 0,
+    "programs": 0,
     "models": 1,
     "algorithms": 1,
     "config": 2,

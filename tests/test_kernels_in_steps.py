@@ -1,10 +1,13 @@
 """Which kernels stand in the programs of PPO for an H100, and how often; the body of a loop counts once."""
 
 import dataclasses
+import math
+import re
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import pytest
 from flax import nnx
 
 from pallas_kernels import hopper
@@ -19,8 +22,10 @@ from rapidfire_jax import (
     make_policy,
     ppo_step,
     ppo_targets,
+    separate_optimizers,
 )
 from rapidfire_jax.algorithms.online import Rollouts
+from rapidfire_jax.algorithms.train_state import gradient_step
 from rapidfire_jax.models.heads import CausalLM
 from tests.helpers.tiny import TINY
 
@@ -89,6 +94,37 @@ def test_adapters_on_the_last_layer_leave_the_others_without_a_backward_pass():
 def test_the_8_bit_optimiser_is_one_kernel_an_array():
     counts, arrays = kernels_of_a_step(optimizer="adamw_8bit")
     assert counts["adamw_8bit_step"] == arrays - 2 > 10  # weights and bias of the value head are left to XLA
+
+
+@pytest.mark.skipif(bool(hopper.toolchain()), reason="; ".join(hopper.toolchain()))
+@pytest.mark.parametrize("kind", ["together", "separate"])
+def test_the_8_bit_optimiser_writes_parameters_and_moments_in_place(kind):
+    """As XLA compiles steps in a loop: all that is donated is written over, and nothing of its size is copied."""
+    optimizer = make_optimizer("adamw_8bit", max_grad_norm=1.0)
+    if kind == "separate":
+        optimizer = separate_optimizers(optimizer, optimizer, lambda tree: {"a": False, "b": True})
+    params = {name: jax.ShapeDtypeStruct((1024, 1024), jnp.bfloat16) for name in ("a", "b")}
+    state = jax.eval_shape(lambda params: init_state(None, params, optimizer), params)
+    rates = {"learning_rate": jnp.float32(1e-3), "critic_learning_rate": jnp.float32(1e-3)}
+
+    def loss(params, x):
+        y = (jnp.tanh(x @ params["a"]) @ params["b"]).astype(jnp.float32)
+        return (y**2).sum(), jnp.float32(len(x)), {}
+
+    def steps(state, batches):
+        return jax.lax.scan(
+            lambda state, x: gradient_step(state, x, loss, optimizer=optimizer, rates=rates), state, batches
+        )
+
+    batches = jax.ShapeDtypeStruct((4, 256, 1024), jnp.bfloat16)
+    compiled = hopper.compile_for_h100(jax.jit(steps, donate_argnums=0), state, batches)
+    text, size = compiled.as_text(), 1024 * 1024
+    assert text.count("adamw_8bit_step") >= 2
+    trained = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state.trainable, state.opt_state)))
+    assert compiled.memory_analysis().alias_size_in_bytes >= trained
+    copies = re.findall(r"= \w+\[([\d,]+)\]\S* copy\(", text)
+    assert not [shape for shape in copies if math.prod(map(int, shape.split(","))) >= size]
+    assert not re.search(r"= bf16\[1024,1024\]\S* subtract\(", text)  # no difference of old and new
 
 
 def test_rollout():

@@ -29,6 +29,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import ppo_loss as fused_loss
 from rapidfire_jax.algorithms.kl import KLEstimator, adapt_kl_coef, kl_estimate
+from rapidfire_jax.algorithms.loss_scale import over_steps
 from rapidfire_jax.algorithms.masking import (
     Aggregation,
     Mean,
@@ -353,11 +354,14 @@ def _update(algorithm, state, rollouts, inputs, hparams, key, *, apply, optimize
     orders = orders.reshape(config.epochs * config.minibatches, -1)
     if hparams.target_kl is None:
         state, metrics = jax.lax.scan(one, state, orders)
+        taken = jnp.ones(len(orders), bool)
         means = jax.tree.map(jnp.mean, metrics)
     else:
         state, metrics, taken = _scan_until(one, state, orders, hparams.target_kl)
         means = {name: masked_mean(values, taken) for name, values in metrics.items()}
         means["policy/steps_taken"] = taken.sum(dtype=jnp.float32)
+    if state.loss_scale is not None:
+        means |= over_steps(metrics, taken)
     first = {
         "policy/ratio_first": metrics["policy/ratio_max_deviation"][0],
         "policy/rollout_mismatch": metrics["policy/log_ratio"][0],
@@ -366,6 +370,8 @@ def _update(algorithm, state, rollouts, inputs, hparams, key, *, apply, optimize
         scale = adapt_kl_coef(
             stats.kl_scale, objective["kl"], target=hparams.kl_target, horizon=hparams.kl_horizon, responses=rows
         )
+        if state.loss_scale is not None:  # an overflow of one iteration must not stay for good
+            scale = jnp.where(jnp.isfinite(scale), scale, stats.kl_scale)
         stats = dataclasses.replace(stats, kl_scale=scale)
         objective["objective/kl_coef"] = jnp.asarray(hparams.kl_coef)
     return dataclasses.replace(state, stats=stats), objective | means | first
@@ -381,7 +387,7 @@ def _scan_until(one, state, orders, target_kl):
 
     def attempt(state, order):
         new, metrics = one(state, order)
-        near = metrics["policy/approx_kl"] <= target_kl
+        near = ~(metrics["policy/approx_kl"] > target_kl)  # NaN is no reason to end an iteration as if all were well
         return jax.tree.map(lambda a, b: jnp.where(near, a, b), new, state), metrics, near
 
     def maybe(carry, order):

@@ -26,7 +26,7 @@ class WeightsConfig(Section):
     """Which weights a model starts from, and in what it computes."""
 
     name: Annotated[str, Field(min_length=1, description="folder, .gguf file, hub repository, or package://DIST/FILE")]
-    dtype: DType = "float32"
+    dtype: DType | None = Field(default=None, description="of the weights; null: the hardware's, see `with_dtypes`")
     compute_dtype: DType | None = Field(default=None, description="of activations and products; null: the weights'")
     quantize: Quantize | None = Field(default=None, description="of the layers' matrices, frozen; null: as stored")
 
@@ -79,6 +79,18 @@ class OptimizerConfig(Section):
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
     weight_decay: NonNegative = 0.0
     max_grad_norm: Annotated[float, Field(gt=0.0)] | None = 1.0
+    stochastic_rounding: bool | None = Field(
+        default=None, description="of bfloat16 weights, by adamw_8bit; null: yes, where there are any"
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> "OptimizerConfig":
+        if self.stochastic_rounding is not None and self.name != "adamw_8bit":
+            raise ValueError(
+                f"stochastic_rounding={str(self.stochastic_rounding).lower()}: {self.name} rounds to nearest; "
+                "accepted: null, or name=adamw_8bit"
+            )
+        return self
 
 
 class CriticConfig(Section):
@@ -87,7 +99,7 @@ class CriticConfig(Section):
     name: Annotated[str, Field(min_length=1)] | None = Field(
         default=None, description="a sequence classifier with one label, as model.name; null: a head on the policy"
     )
-    dtype: DType = "float32"
+    dtype: DType | None = None
     compute_dtype: DType | None = None
     quantize: Quantize | None = None
     optimizer: OptimizerConfig | None = Field(default=None, description="of its own; null: shared with the policy")
@@ -149,7 +161,7 @@ class RunConfig(Section):
     logging: LoggingConfig = LoggingConfig()
 
     @pydantic.model_validator(mode="after")
-    def _check_quantize(self) -> "RunConfig":
+    def _check_trained(self) -> "RunConfig":
         if self.model.quantize and self.adapter.type == "none":
             raise ValueError(
                 f"model.quantize={self.model.quantize}: quantised weights are frozen; use adapter.type=lora"
@@ -159,6 +171,13 @@ class RunConfig(Section):
                 "model.adapter cannot be merged into quantised weights; merge it first: rapidfire export MODEL FOLDER "
                 "--adapter ADAPTER"
             )
+        critic = getattr(self, "critic", None)
+        for key, section in (("model", self.model), ("critic", critic)):
+            if self.adapter.type == "none" and section is not None and section.dtype == "float16":
+                raise ValueError(
+                    f"{key}.dtype=float16 with adapter.type=none: weights in float16 lose most of what they learn; "
+                    f"use {key}.dtype=float32 with {key}.compute_dtype=float16, or adapter.type=lora"
+                )
         return self
 
     @property
@@ -292,6 +311,36 @@ def parse_config(tree: dict[str, Any], where: str = "configuration") -> Any:
     except pydantic.ValidationError as error:
         lines = [_explain(cls, item) for item in error.errors()]
         raise InputError("\n".join(f"{where}: {line}" for line in dict.fromkeys(lines))) from None
+
+
+def with_dtypes(config: RunConfig, hardware: str) -> Any:
+    """`config` with the dtypes that it leaves open (null) filled in, for hardware that multiplies best in `hardware`.
+
+    Weights are of that dtype, unless they are trained themselves and most of their steps would be lost in it: float16
+    always, bfloat16 unless `adamw_8bit` rounds. Those are float32, and computed with in `hardware`.
+    """
+
+    def fill(section: Any, optimizer: OptimizerConfig | None = None) -> Any:
+        if section.dtype is not None:
+            return section
+        coarse = hardware == "float16" or (hardware == "bfloat16" and optimizer and optimizer.name != "adamw_8bit")
+        if optimizer and coarse:
+            update = {"dtype": "float32", "compute_dtype": section.compute_dtype or hardware}
+        else:
+            update = {"dtype": hardware}
+        return section.model_copy(update=update)
+
+    def fill_rewards(entries: tuple[RewardConfig, ...]) -> tuple[RewardConfig, ...]:
+        return tuple(fill(entry) if entry.kind == "model" else entry for entry in entries)
+
+    full = config.adapter.type == "none"
+    changes: dict[str, Any] = {"model": fill(config.model, config.optimizer if full else None)}
+    if isinstance(config, OnlineRunConfig):
+        changes |= {"reward": fill_rewards(config.reward), "judge": fill_rewards(config.judge)}
+        if config.critic.name is not None:
+            optimizer = config.critic.optimizer or config.optimizer
+            changes["critic"] = fill(config.critic, optimizer if full else None)
+    return config.model_copy(update=changes)
 
 
 def dump_config(config: RunConfig) -> str:

@@ -49,7 +49,7 @@ class RewardConfig(Section):
         default=None, description="of the component in the metrics; null: the function's name, `model` or `url`"
     )
     args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the function")
-    dtype: DType = "float32"
+    dtype: DType | None = Field(default=None, description="of the weights; null: as model.dtype")
     compute_dtype: DType | None = Field(default=None, description="of activations and products; null: the weights'")
     quantize: Quantize | None = Field(default=None, description="of the layers' matrices; null: as they are stored")
     max_length: Positive | None = Field(

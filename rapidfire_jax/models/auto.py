@@ -18,6 +18,7 @@ from rapidfire_jax.models.gguf import read_gguf
 from rapidfire_jax.models.heads import CausalLM, RewardModel, ValueHead
 from rapidfire_jax.models.lora import merge_lora
 from rapidfire_jax.models.peft import load_adapter
+from rapidfire_jax.models.precision import hardware_dtype
 from rapidfire_jax.models.quantization import is_quantized
 from rapidfire_jax.models.sources import gguf_file, read_json, resolve
 from rapidfire_jax.models.weights import Checkpoint, Placement, load
@@ -37,7 +38,7 @@ class _AutoModel[M: Decoder]:
         cls,
         name: str,
         *,
-        dtype: DTypeLike = "float32",
+        dtype: DTypeLike | None = "float32",
         compute_dtype: DTypeLike | None = None,
         output_dtype: DTypeLike = "float32",
         quantize: str | None = None,
@@ -49,7 +50,8 @@ class _AutoModel[M: Decoder]:
         Args:
           name: a folder with `config.json` and safetensors or `flax_model.msgpack`, a `.gguf` file or a folder with
             exactly one, `package://DISTRIBUTION/PATH/IN/IT`, or a Hugging Face repository `organisation/name`.
-          dtype: of the weights: float32, bfloat16, float16, or "auto", as they are stored.
+          dtype: of the weights: float32, bfloat16, float16, "auto", as they are stored, or None, in what the hardware
+            multiplies best (`hardware_dtype`).
           compute_dtype: of activations and matrix products; None: that of the weights.
           output_dtype: of the logits; rewards are always float32.
           quantize: "int8", "int4" or "nf4": the layers' matrices are rounded to it one by one while they are read;
@@ -62,6 +64,7 @@ class _AutoModel[M: Decoder]:
         Raises:
           InputError: nothing there, an unsupported architecture, or weights that do not fit the configuration.
         """
+        dtype = hardware_dtype() if dtype is None else dtype
         parameters = None if dtype == "auto" else _dtype_name("dtype", dtype, (*DTYPES, "auto"))
         compute = None if compute_dtype is None else _dtype_name("compute_dtype", compute_dtype, DTYPES)
         outputs = DTYPES if cls.kind is CausalLM else ("float32",)

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 
 from rapidfire_jax.config import RewardConfig
@@ -13,6 +12,7 @@ from rapidfire_jax.errors import InputError
 from rapidfire_jax.models.auto import FlaxAutoModelForSequenceClassification
 from rapidfire_jax.models.heads import RewardModel
 from rapidfire_jax.models.tokenizer import check_vocabulary, load_tokenizer
+from rapidfire_jax.programs import Program
 from rapidfire_jax.rewards.values import check_numbers
 
 if TYPE_CHECKING:
@@ -22,9 +22,7 @@ PLAIN = "prompt_plain"
 SMALLEST_BUCKET = 8
 
 
-@jax.jit
-def _score(model: RewardModel, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-    return model(tokens, mask)
+_score = Program("reward", lambda model, tokens, mask: model(tokens, mask))
 
 
 @dataclass

@@ -25,12 +25,13 @@ def generate_text(
 ) -> list[str]:
     """Loads a model and returns its response to each prompt; `temperature=0` takes the most likely token.
 
-    `adapter` names a `peft` folder or repository to merge into the model.
+    The model computes in what the hardware multiplies best. `adapter` names a `peft` folder or repository to merge into
+    it.
 
     Raises:
       InputError: an empty prompt, one longer than the context, or a model that cannot be loaded.
     """
-    model = load_language_model(name, adapter=adapter)
+    model = load_language_model(name, adapter=adapter, dtype=None)
     tokenizer = load_tokenizer(name)
     check_vocabulary(name, model.config.vocab_size, tokenizer)
     if chat and tokenizer.chat_template is None:

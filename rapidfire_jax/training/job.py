@@ -1,6 +1,5 @@
 """The host loop that every job runs in: progress, checkpoints, interruption, evaluation, summary."""
 
-import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +8,11 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from rapidfire_jax.algorithms.loss_scale import SMALLEST
 from rapidfire_jax.algorithms.train_state import TrainState
 from rapidfire_jax.config import OfflineRunConfig, OnlineRunConfig, OptimizerConfig, RunConfig
 from rapidfire_jax.errors import InputError
+from rapidfire_jax.programs import peak_bytes
 from rapidfire_jax.training.checkpoint import Checkpoints
 from rapidfire_jax.training.interrupt import Interrupted, InterruptGuard
 from rapidfire_jax.training.plots import Plots, plot_run
@@ -61,14 +62,6 @@ def learning_rate(config: OptimizerConfig, iteration: int, total: int) -> float:
     done = (iteration - config.warmup) / max(total - config.warmup, 1)
     shape = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + np.cos(np.pi * done))}
     return config.learning_rate * float(shape[config.schedule])
-
-
-def peak_bytes() -> int:
-    """Peak memory: of the device where it keeps statistics, otherwise resident memory of this process."""
-    statistics = jax.local_devices()[0].memory_stats()
-    if statistics and "peak_bytes_in_use" in statistics:
-        return statistics["peak_bytes_in_use"]
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def make_job(config: RunConfig) -> Job:
@@ -207,11 +200,20 @@ def _loop(
     return summary
 
 
-def check_finite(numbers: dict[str, float], iteration: int) -> None:
-    """Stops a run whose loss is no number any more.
+def check_finite(numbers: dict[str, float], iteration: int) -> dict[str, float]:
+    """The metrics of an iteration; with a loss scale, without those that overflowed in every step.
 
     Raises:
-      FloatingPointError: naming the iteration, counted from 0.
+      FloatingPointError: naming the iteration, counted from 0: its loss is no number, or no step of it could be taken
+        though the loss is not scaled up any more.
     """
-    if not np.isfinite(numbers["loss/total"]):
-        raise FloatingPointError(f"the loss of iteration {iteration + 1} is {numbers['loss/total']}")
+    if "precision/loss_scale" not in numbers:
+        if not np.isfinite(numbers["loss/total"]):
+            raise FloatingPointError(f"the loss of iteration {iteration + 1} is {numbers['loss/total']}")
+        return numbers
+    if numbers["precision/loss_scale"] <= SMALLEST and not np.isfinite(numbers["policy/gradient_norm"]):
+        raise FloatingPointError(
+            f"every step of iteration {iteration + 1} overflows in float16, with a loss scale of {SMALLEST:g} too; "
+            "use model.compute_dtype=float32 (or bfloat16, where the hardware has it)"
+        )
+    return {name: number for name, number in numbers.items() if np.isfinite(number)}

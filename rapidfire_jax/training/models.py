@@ -1,6 +1,7 @@
 """From a configuration to a model ready to be trained, and from a trained one to a folder."""
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,14 +11,17 @@ import jax.numpy as jnp
 import optax
 
 from rapidfire_jax.algorithms import tasks
+from rapidfire_jax.algorithms.loss_scale import LossScale, init_loss_scale
 from rapidfire_jax.algorithms.optimizer import make_optimizer, separate_optimizers
 from rapidfire_jax.algorithms.train_state import TrainState, init_state
-from rapidfire_jax.config import OnlineRunConfig, OptimizerConfig, RunConfig
+from rapidfire_jax.config import OnlineRunConfig, OptimizerConfig, RunConfig, with_dtypes
+from rapidfire_jax.errors import InputError
 from rapidfire_jax.models.auto import FlaxAutoModelForSequenceClassification, load_language_model, load_model
 from rapidfire_jax.models.export import save_pretrained
 from rapidfire_jax.models.heads import CausalLM, RewardModel
 from rapidfire_jax.models.peft import save_adapter
 from rapidfire_jax.models.policy import Policy, make_policy
+from rapidfire_jax.models.precision import hardware_dtype
 from rapidfire_jax.models.scorer import Scorer, make_scorer
 from rapidfire_jax.models.tokenizer import check_vocabulary, load_tokenizer, stop_ids
 
@@ -57,11 +61,13 @@ def run_keys(seed: int) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def load_trainee(config: RunConfig) -> Trainee:
-    """Loads and prepares what `config` trains.
+    """Loads and prepares what `config` trains. Where it computes in float16, the loss is scaled.
 
     Raises:
-      InputError: a model or tokenizer that cannot be loaded, or that do not belong together.
+      InputError: a model or tokenizer that cannot be loaded, or that do not belong together; a rounding of weights
+        that are not there.
     """
+    config = with_dtypes(config, hardware_dtype())
     algorithm = tasks()[config.task]
     weights = config.model.model_dump()
     tokenizer = load_tokenizer(config.model.name)
@@ -77,8 +83,10 @@ def load_trainee(config: RunConfig) -> Trainee:
         check_vocabulary(config.model.name, model.config.vocab_size, tokenizer)
         context = model.config.max_positions
         half, frozen, trainable = make_scorer(model, model_key, lora=lora, remat=remat)
+        _check_rounding(config.optimizer, trainable)
         optimizer = _optimizer(config.optimizer)
-        return Trainee(config, half, tokenizer, optimizer, init_state(frozen, trainable, optimizer), context)
+        state = init_state(frozen, trainable, optimizer, _loss_scale(model))
+        return Trainee(config, half, tokenizer, optimizer, state, context)
 
     model = load_language_model(**weights)
     check_vocabulary(config.model.name, model.config.vocab_size, tokenizer)
@@ -94,10 +102,36 @@ def load_trainee(config: RunConfig) -> Trainee:
         model, model_key, lora=lora, critic=critic, value_head=has_critic, remat=remat
     )
     if critic_optimizer is None:
+        _check_rounding(config.optimizer, trainable)
         optimizer = _optimizer(config.optimizer, half.is_critic if has_critic else None)
     else:
+        of_critic = half.is_critic(trainable)
+        for own, wanted in ((config.optimizer, False), (critic_optimizer, True)):
+            pairs = zip(jax.tree.leaves(trainable), jax.tree.leaves(of_critic), strict=True)
+            _check_rounding(own, [x for x, of in pairs if of == wanted])
         optimizer = separate_optimizers(_optimizer(config.optimizer), _optimizer(critic_optimizer), half.is_critic)
-    return Trainee(config, half, tokenizer, optimizer, init_state(frozen, trainable, optimizer), context)
+    state = init_state(frozen, trainable, optimizer, _loss_scale(model, critic))
+    return Trainee(config, half, tokenizer, optimizer, state, context)
+
+
+def _loss_scale(*models: CausalLM | RewardModel | None) -> LossScale | None:
+    computes_in = {model.compute_dtype.name for model in models if model is not None}
+    return init_loss_scale() if "float16" in computes_in else None
+
+
+def _check_rounding(config: OptimizerConfig, trainable: Any) -> None:
+    is_coarse = any(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(trainable))
+    if config.stochastic_rounding is not None and not is_coarse:
+        raise InputError(
+            f"optimizer.stochastic_rounding={str(config.stochastic_rounding).lower()}: nothing that is trained is "
+            "bfloat16; use null, or adapter.type=none with model.dtype=bfloat16"
+        )
+    if is_coarse and config.name != "adamw_8bit":
+        print(
+            f"optimizer.name={config.name} rounds bfloat16 weights to nearest: steps below 1/512 of a weight are lost; "
+            "adamw_8bit rounds stochastically, model.dtype=float32 with compute_dtype=bfloat16 keeps every bit",
+            file=sys.stderr,
+        )
 
 
 def _optimizer(config: OptimizerConfig, is_critic: Callable[[Any], Any] | None = None) -> optax.GradientTransformation:
@@ -108,6 +142,7 @@ def _optimizer(config: OptimizerConfig, is_critic: Callable[[Any], Any] | None =
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         is_critic=is_critic,
+        stochastic_rounding=config.stochastic_rounding,
     )
 
 

@@ -17,8 +17,9 @@ from rapidfire_jax.algorithms.masking import finish
 from rapidfire_jax.algorithms.offline import OfflineAlgorithm
 from rapidfire_jax.config import OfflineRunConfig
 from rapidfire_jax.errors import InputError
+from rapidfire_jax.programs import Program, peak_bytes
 from rapidfire_jax.training.batches import load_batches, real_tokens
-from rapidfire_jax.training.job import check_finite, learning_rate, peak_bytes
+from rapidfire_jax.training.job import check_finite, learning_rate
 from rapidfire_jax.training.models import load_trainee, numbers_of, static_of
 from rapidfire_jax.training.plots import OFFLINE_PLOTS
 from rapidfire_jax.training.reporting import Headline
@@ -46,8 +47,8 @@ class OfflineJob:
         )
         common = {"model": self.trainee.model, "config": self.static}
         step = functools.partial(offline.step, self.algorithm, optimizer=self.trainee.optimizer, **common)
-        self._step = jax.jit(step, donate_argnums=0)
-        self._evaluate = jax.jit(functools.partial(offline.evaluate, self.algorithm, **common))
+        self._step = Program("step", step, donate=(0,))
+        self._evaluate = Program("evaluate", functools.partial(offline.evaluate, self.algorithm, **common))
 
     def _count_iterations(self) -> int:
         training = self.config.training
@@ -69,8 +70,7 @@ class OfflineJob:
         hparams = self.hparams(iteration)
         self.state, metrics = self._step(self.state, batch, hparams)
         numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        check_finite(numbers, iteration)
-        return numbers | {
+        return check_finite(numbers, iteration) | {
             "tokens_per_second": real_tokens(batch) / (time.perf_counter() - began),
             "learning_rate": float(hparams.learning_rate),
             "peak_bytes": float(peak_bytes()),

@@ -22,10 +22,11 @@ from rapidfire_jax.data.prompts import PromptSet, load_prompts, pad_batch, promp
 from rapidfire_jax.models.policy import Policy
 from rapidfire_jax.models.quantization import cast, round_inputs
 from rapidfire_jax.models.tokenizer import stop_ids
+from rapidfire_jax.programs import Program, peak_bytes
 from rapidfire_jax.rewards.base import Reward, Scores, load_reward
 from rapidfire_jax.rollout.generate import SamplingConfig, generate
 from rapidfire_jax.training.evaluate import evaluate_policy, response_tokens, win_rate
-from rapidfire_jax.training.job import check_finite, learning_rate, peak_bytes
+from rapidfire_jax.training.job import check_finite, learning_rate
 from rapidfire_jax.training.models import load_trainee, numbers_of, run_keys, static_of
 from rapidfire_jax.training.plots import ONLINE_PLOTS
 
@@ -34,9 +35,9 @@ from rapidfire_jax.training.plots import ONLINE_PLOTS
 class Programs:
     """The compiled programs of a run. The jit boundary of the project."""
 
-    rollout: Any  # (frozen, trainable, ids, mask, key, temperature) -> Rollouts
-    reference: Any  # (frozen, rollouts, temperature) -> ref_logp_t
-    learn: Any  # (state, rollouts, hparams, key) -> (state, metrics); donates state
+    rollout: Program  # (frozen, trainable, ids, mask, key, temperature) -> Rollouts
+    reference: Program  # (frozen, rollouts, temperature) -> ref_logp_t
+    learn: Program  # (state, rollouts, hparams, key) -> (state, metrics); donates state
 
 
 def compile_programs(
@@ -79,7 +80,7 @@ def compile_programs(
             config=config,
         )
 
-    return Programs(jax.jit(rollout), jax.jit(reference), jax.jit(learn, donate_argnames="state"))
+    return Programs(Program("rollout", rollout), Program("reference", reference), Program("learn", learn, donate=(0,)))
 
 
 @dataclasses.dataclass
@@ -182,7 +183,7 @@ class OnlineJob:
         batch.seconds["learn"] = time.perf_counter() - began
         self.taken += batch.rounds  # not before: an iteration that fails is done again from its first prompt
 
-        check_finite(numbers, iteration)
+        numbers = check_finite(numbers, iteration)
         if len(batch.scores.components) > 1:
             numbers |= {f"reward/{name}": float(values.mean()) for name, values in batch.scores.components.items()}
         if self.dynamic:

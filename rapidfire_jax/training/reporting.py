@@ -53,7 +53,9 @@ class Reporter:
         """Reports a finished iteration."""
         self._run.append(self._run.metrics, [{"iteration": iteration} | metrics])
         self._scalars(iteration, metrics)
-        line = "  ".join(_show(label, form.format(metrics[key])) for key, label, form in self._headline)
+        line = "  ".join(
+            _show(label, form.format(metrics[key])) for key, label, form in self._headline if key in metrics
+        )
         if self._bar:
             self._bar.update(self._task, completed=iteration, description=line)
         else:

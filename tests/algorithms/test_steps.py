@@ -11,8 +11,10 @@ import pytest
 
 from rapidfire_jax import make_optimizer, separate_optimizers
 from rapidfire_jax.algorithms import tasks
+from rapidfire_jax.algorithms.optimizer import take_step
 from rapidfire_jax.algorithms.reward_shaping import init_stats
 from rapidfire_jax.algorithms.train_state import gradient_step
+from rapidfire_jax.errors import InputError
 from tests.algorithms.bigram import (
     OFFLINE,
     OFFLINE_CASES,
@@ -285,6 +287,50 @@ def test_changing_a_number_of_an_offline_algorithm_compiles_nothing_and_has_an_e
 
 def test_every_task_is_tested_here():
     assert set(tasks()) == {*ONLINE, *OFFLINE}
+
+
+@pytest.mark.parametrize("stochastic_rounding", [None, True, False])
+def test_rounding_of_bfloat16_parameters(stochastic_rounding):
+    """Steps of a tenth of the last bit: ten of them move by one bit on average, and to nearest by none."""
+    params = {"w": jnp.full((2048,), 1.0, jnp.bfloat16)}
+    optimizer = make_optimizer("adamw_8bit", stochastic_rounding=stochastic_rounding)
+    gradients, rate = jax.tree.map(jnp.ones_like, params), jnp.float32(-0.1 * 2**-7)
+    step = jax.jit(lambda params, state: take_step(optimizer, gradients, state, params, learning_rate=rate))
+    state = optimizer.init(params)
+    for _ in range(10):
+        params, state = step(params, state)
+    moved = float(jnp.mean(params["w"].astype(jnp.float32)) - 1) / 2**-7
+    assert moved == 0 if stochastic_rounding is False else moved == pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_only_the_8_bit_optimizer_rounds_stochastically(name):
+    with pytest.raises(InputError, match=f"stochastic_rounding=True: {name} rounds to nearest"):
+        make_optimizer(name, stochastic_rounding=True)
+
+
+@pytest.mark.parametrize("kind", ["together", "separate"])
+def test_the_step_of_an_optimizer_is_its_update_without_the_difference(kind):
+    optimizer = make_optimizer("adamw_8bit", max_grad_norm=0.5, weight_decay=0.1, is_critic=is_critic)
+    if kind == "separate":
+        optimizer = separate_optimizers(optimizer, make_optimizer("adamw", weight_decay=0.1), is_critic)
+    chained = optax.chain(optax.scale(2.0), optimizer)  # for optax it is a transformation as any other
+    params = jax.tree.map(jnp.asarray, weights()[1])
+    rates = {"learning_rate": jnp.float32(0.01), "critic_learning_rate": jnp.float32(0.03)}
+    states = optimizer.init(params), optimizer.init(params), chained.init(params)
+    ends = [params] * 3
+    with jax.numpy_dtype_promotion("standard"):
+        for seed in range(3):
+            gradients = jax.tree.map(jnp.asarray, weights(seed)[1])
+            stepped, first = take_step(optimizer, gradients, states[0], ends[0], **rates)
+            updates, second = optimizer.update(gradients, states[1], ends[1], **rates)
+            halves = jax.tree.map(lambda x: 0.5 * x, gradients)
+            of_chain, third = chained.update(halves, states[2], ends[2], **rates)
+            states = first, second, third
+            ends = [stepped, optax.apply_updates(ends[1], updates), optax.apply_updates(ends[2], of_chain)]
+    same(ends[0], ends[1], rtol=1e-5, atol=1e-6)
+    same(ends[1], ends[2], rtol=1e-5, atol=1e-6)
+    assert not any(np.any(a == b) for a, b in zip(*map(jax.tree.leaves, (ends[0], params)), strict=True))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
