@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from rapidfire_jax.models.decoder import Decoder, Mask
 from rapidfire_jax.models.lora import merge_lora
+from rapidfire_jax.models.remat import Remat
 from rapidfire_jax.models.weights import assemble, parameters
 
 
@@ -109,7 +110,7 @@ class RewardModel(Decoder):
         mask: Mask | None = None,
         positions: Int[Array, "B S"] | None = None,
         *,
-        remat: bool = False,
+        remat: Remat | None = None,
     ) -> Float[Array, "B"]:
         """Reward of each row, float32: the head at the row's last real token, wherever padding stands."""
         hidden = self.hidden(tokens, mask, positions, remat=remat)
