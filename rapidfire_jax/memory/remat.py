@@ -42,9 +42,7 @@ def choose(stacks: Sequence[LayerCosts], budget: float, *, mixes: bool = True) -
         seconds = np.where(partner < 0, np.inf, first.seconds + second.seconds[partner])
         best = int(np.argmin(seconds))
         picked = [best, partner[best]]
-    return [
-        _choice(costs, table.sets, table.mixes[i]) for costs, table, i in zip(stacks, tables, picked, strict=True)
-    ]
+    return [_choice(costs, table.sets, table.mixes[i]) for costs, table, i in zip(stacks, tables, picked, strict=True)]
 
 
 class _Sets(NamedTuple):

@@ -235,7 +235,7 @@ class Decoder(nnx.Module):
             return jax.lax.scan(step, x, xs)
         spans = remat.spans(len(is_local))
         if len(spans) == 1:
-            return jax.lax.scan(checkpointed(step, spans[0][2]), x, xs)
+            return jax.lax.scan(checkpointed(step, spans[0][2], len(is_local)), x, xs)
         assert keep is None
         for start, stop, group in spans:
             x = _scan_part(step, group, x, xs, start, stop)
@@ -247,14 +247,15 @@ def _scan_part(step, group: Group, x, xs, start: int, stop: int):
     adapters, frozen = nnx.split_state(xs[0], nnx.LoRAParam, ...)
     cut = lambda tree: jax.tree.map(lambda w: w[start:stop], tree)  # noqa: E731
     if not jax.tree.leaves(adapters):  # all weights are trained: their gradients would be added up layer by layer
-        return jax.lax.scan(checkpointed(step, group), x, cut(xs))[0]
+        return jax.lax.scan(checkpointed(step, group, stop - start), x, cut(xs))[0]
 
     def indexed(x, layer):
         i, adapters, local = layer
         weights = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, i, keepdims=False), frozen)
         return step(x, (nnx.merge_state(adapters, weights), local))
 
-    return jax.lax.scan(checkpointed(indexed, group), x, (jnp.arange(start, stop), cut(adapters), cut(xs[1])))[0]
+    own = jnp.arange(start, stop), cut(adapters), cut(xs[1])
+    return jax.lax.scan(checkpointed(indexed, group, stop - start), x, own)[0]
 
 
 def stack_size(stack: Block) -> int:

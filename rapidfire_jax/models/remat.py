@@ -36,12 +36,10 @@ NAMES = {
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """What some consecutive layers keep: activations by name, "all" as without any plan, or "dots", the results of all
-    products with weights.
-    """
+    """What some consecutive layers keep: activations by name, or "dots", the results of all products with weights."""
 
     layers: int | None = None  # how many; None: all that are left
-    keep: tuple[str, ...] | Literal["all", "dots"] = ()
+    keep: tuple[str, ...] | Literal["dots"] = ()
     offload: tuple[str, ...] = ()  # names kept in the host's memory
 
     def __post_init__(self) -> None:
@@ -78,16 +76,15 @@ def keep_names(*names: str) -> Remat:
     return Remat((Group(keep=names),))
 
 
-def checkpointed(step: Callable[..., Any], group: Group) -> Callable[..., Any]:
-    """`step` of a scan over layers, keeping what `group` says."""
-    # Forward and backward pass are two loops: nothing in one is common with the other, so nothing needs protection.
-    return jax.checkpoint(step, policy=_policy(group.keep, group.offload), prevent_cse=False)
+def checkpointed(step: Callable[..., Any], group: Group, layers: int) -> Callable[..., Any]:
+    """`step` of a scan over so many layers, keeping what `group` says."""
+    # Forward and backward pass are two loops, so that XLA cannot find in one what the other computes again: unless each
+    # goes round once, and XLA takes it for no loop at all.
+    return jax.checkpoint(step, policy=_policy(group.keep, group.offload), prevent_cse=layers == 1)
 
 
 @functools.cache
 def _policy(keep: tuple[str, ...] | str, offload: tuple[str, ...]) -> Callable[..., Any] | None:
-    if keep == "all":
-        return _all_but_selected_weights
     if keep == "dots":
         return checkpoint_policies.dots_with_no_batch_dims_saveable
     if not offload:
@@ -98,8 +95,3 @@ def _policy(keep: tuple[str, ...] | str, offload: tuple[str, ...]) -> Callable[.
         offload_src="device",
         offload_dst="pinned_host",
     )
-
-
-def _all_but_selected_weights(primitive: Any, *_: Any, **__: Any) -> bool:
-    """A layer's weights, taken out of the stack's, would be a second copy of them."""
-    return primitive.name not in ("dynamic_slice", "squeeze")

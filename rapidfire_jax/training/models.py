@@ -18,9 +18,9 @@ from rapidfire_jax.models.export import save_pretrained
 from rapidfire_jax.models.heads import CausalLM, RewardModel
 from rapidfire_jax.models.peft import save_adapter
 from rapidfire_jax.models.policy import Policy, make_policy
-from rapidfire_jax.models.remat import FULL
 from rapidfire_jax.models.scorer import Scorer, make_scorer
 from rapidfire_jax.models.tokenizer import check_vocabulary, load_tokenizer, stop_ids
+from rapidfire_jax.training.remat import preset
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -67,7 +67,7 @@ def load_trainee(config: RunConfig) -> Trainee:
     weights = config.model.model_dump()
     tokenizer = load_tokenizer(config.model.name)
     lora = config.adapter.model_dump(exclude={"type"}) if config.adapter.type == "lora" else None
-    remat = FULL if config.memory.remat == "full" else None
+    remat = preset(config.memory)
     model_key = run_keys(config.seed)[0]
     model: CausalLM | RewardModel
     half: Policy | Scorer

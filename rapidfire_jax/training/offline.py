@@ -17,10 +17,13 @@ from rapidfire_jax.algorithms.masking import finish
 from rapidfire_jax.algorithms.offline import OfflineAlgorithm
 from rapidfire_jax.config import OfflineRunConfig
 from rapidfire_jax.errors import InputError
+from rapidfire_jax.models.policy import Policy
+from rapidfire_jax.models.scorer import Scorer
 from rapidfire_jax.training.batches import load_batches, real_tokens
 from rapidfire_jax.training.job import check_finite, learning_rate, peak_bytes
 from rapidfire_jax.training.models import load_trainee, numbers_of, static_of
 from rapidfire_jax.training.plots import OFFLINE_PLOTS
+from rapidfire_jax.training.remat import fit_plan, shapes
 from rapidfire_jax.training.reporting import Headline
 
 
@@ -44,10 +47,23 @@ class OfflineJob:
             *accuracy,
             ("tokens_per_second", "tokens/s", "{:5.0f}"),
         )
-        common = {"model": self.trainee.model, "config": self.static}
-        step = functools.partial(offline.step, self.algorithm, optimizer=self.trainee.optimizer, **common)
-        self._step = jax.jit(step, donate_argnums=0)
-        self._evaluate = jax.jit(functools.partial(offline.evaluate, self.algorithm, **common))
+        optimizer = self.trainee.optimizer
+
+        @functools.cache
+        def step_of(model: Policy | Scorer) -> Any:
+            step = functools.partial(offline.step, self.algorithm, model=model, optimizer=optimizer, config=self.static)
+            return jax.jit(step, donate_argnums=0)
+
+        self.fitted, model = None, self.trainee.model
+        if config.memory.remat == "auto":
+            if self.batches.widest is None:
+                raise InputError(
+                    "memory.remat=auto: a stream does not say how long its examples are; name what to keep"
+                )
+            args = self.state, shapes(self.batches.widest()), self.hparams(0)
+            model, self.fitted = fit_plan(model, step_of, args, config.memory)
+        self._step = step_of(model)
+        self._evaluate = jax.jit(functools.partial(offline.evaluate, self.algorithm, model=model, config=self.static))
 
     def _count_iterations(self) -> int:
         training = self.config.training
