@@ -1,4 +1,4 @@
-"""Plans of what is kept for the backward pass, on the CPU: memory predicted and measured, and time, against the presets.
+"""Plans of what is kept for the backward pass, on the CPU: memory as predicted and measured, and time, with presets.
 
     python -m benchmarks.remat [--quick]
     python -m benchmarks.remat --h100
@@ -119,7 +119,7 @@ def _with(policy: Policy, remat: Remat | None) -> Policy:
 
 
 def h100() -> list[dict[str, Any]]:
-    """Activations of one layer of an 8B model in a step of PPO for an H100, with LoRA of rank 16 on every projection."""
+    """Activations of an 8B layer in a step of PPO for an H100, with LoRA of rank 16 on every projection."""
     sizes = MODELS["8b"]
     config = DecoderConfig(
         vocab_size=sizes.vocabulary,
