@@ -105,15 +105,20 @@ def count_flops(eqn: JaxprEqn) -> float:
     """FLOPs of the matrix products of an equation, those inside of it included; of kernels, by `KERNEL_FLOPS`."""
     name = eqn.params.get("name")
     if eqn.primitive.name in _OPAQUE and name in KERNEL_FLOPS:
-        return KERNEL_FLOPS[name]([v.aval for v in eqn.invars], [v.aval for v in eqn.outvars])
+        return KERNEL_FLOPS[name](list(map(_aval, eqn.invars)), list(map(_aval, eqn.outvars)))
     if eqn.primitive.name == "dot_general":
         contracted, _ = eqn.params["dimension_numbers"]
-        shape = eqn.invars[0].aval.shape
-        return 2.0 * eqn.outvars[0].aval.size * math.prod(shape[i] for i in contracted[0])
+        left, result = _aval(eqn.invars[0]), _aval(eqn.outvars[0])
+        return 2.0 * result.size * math.prod(left.shape[i] for i in contracted[0])
     inside = [sum(map(count_flops, jaxpr.eqns)) for jaxpr in _inner(eqn)]
     if eqn.primitive.name == "scan":
         return eqn.params["length"] * inside[0]
     return max(inside) if eqn.primitive.name == "cond" else sum(inside)
+
+
+def _aval(var: Any) -> Any:
+    """Shape and dtype."""
+    return var.aval
 
 
 # The body of a loop as operations on numbered values

@@ -35,13 +35,13 @@ def choose(stacks: Sequence[LayerCosts], budget: float, *, mixes: bool = True) -
     """
     tables = [_plans(costs, _sets(costs), mixes) for costs in stacks]
     if len(tables) == 1:
-        picked = [np.searchsorted(tables[0].nbytes, budget, "right") - 1]
+        picked = [int(np.searchsorted(tables[0].nbytes, budget, "right")) - 1]
     else:
         first, second = tables
         partner = np.searchsorted(second.nbytes, budget - first.nbytes, "right") - 1
         seconds = np.where(partner < 0, np.inf, first.seconds + second.seconds[partner])
         best = int(np.argmin(seconds))
-        picked = [best, partner[best]]
+        picked = [best, int(partner[best])]
     return [_choice(costs, table.sets, table.mixes[i]) for costs, table, i in zip(stacks, tables, picked, strict=True)]
 
 

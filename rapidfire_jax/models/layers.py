@@ -167,14 +167,13 @@ class Block(nnx.Module):
     def _attention(self, x, view: View, segments, slots: Slots | None):
         B, S, _ = x.shape
         q, k, v = (proj(x).reshape(B, S, -1, self.config.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        normed = self.q_norm is not None and self.k_norm is not None
-        if normed:  # whose backward pass wants what goes in
+        v = checkpoint_name(v, "value")
+        if self.q_norm is not None and self.k_norm is not None:  # whose backward passes want what goes in
             q, k = self.q_norm(checkpoint_name(q, "query")), self.k_norm(checkpoint_name(k, "key"))
         if view.rotation is not None:
             q, k = rotate(q, *view.rotation), rotate(k, *view.rotation)
-        if not normed:
+        if self.q_norm is None:
             q, k = checkpoint_name(q, "query"), checkpoint_name(k, "key")
-        v = checkpoint_name(v, "value")
         scale, soft_cap = self.config.attention_scale, self.config.attention_soft_cap
         if slots is None:
             mixed = flash_attention(q, k, v, segments=segments, window=view.window, scale=scale, soft_cap=soft_cap).out

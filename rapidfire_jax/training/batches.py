@@ -157,7 +157,7 @@ def _cut[E](
     )
 
 
-def _longest[E: (Completion, Preference, Labelled)](examples: Sequence[E]) -> E:
+def _longest(examples: Sequence[Any]) -> Any:
     """An example as long as any; of pairs one whose parts are."""
     if isinstance(examples[0], Preference):
         parts = ("prompt", "chosen", "rejected")

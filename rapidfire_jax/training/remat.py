@@ -98,7 +98,7 @@ def _groups(costs: LayerCosts, choice: Choice) -> list[dict[str, Any]]:
     ]
 
 
-def fit_plan[M: (Policy, Scorer)](
+def fit_plan[M: Policy | Scorer](
     model: M, program: Callable[[M], Any], args: tuple[Any, ...], memory: MemoryConfig, device: Device | None = None
 ) -> tuple[M, Fitted]:
     """The model with the plan that loses least time within the budget for temporaries of its learning program.
@@ -150,11 +150,12 @@ def _plans(model: Policy | Scorer) -> list[Remat | None]:
     return list(model.remat) if model.graphdefs.critic is not None else [model.remat.policy]
 
 
-def _with[M: (Policy, Scorer)](model: M, plans: list[Remat | None]) -> M:
-    return dataclasses.replace(model, remat=plans[0] if isinstance(model, Scorer) else Parts(*plans))
+def _with[M: Policy | Scorer](model: M, plans: list[Remat | None]) -> M:
+    remat: Any = plans[0] if isinstance(model, Scorer) else Parts(*plans)
+    return dataclasses.replace(model, remat=remat)
 
 
-def _one_by_one[M: (Policy, Scorer)](model: M) -> list[M]:
+def _one_by_one[M: Policy | Scorer](model: M) -> list[M]:
     """The model with one of its stacks computed again at a time, and everything kept of the other."""
     count = len(_plans(model))
     return [_with(model, [FULL if i == j else None for j in range(count)]) for i in range(count)]
