@@ -55,7 +55,7 @@ class Program:
         self.name, self.function, self.donate = name, function, donate
         self.needs: list[Need] = []
         self._jitted: Any = jax.jit(function, donate_argnums=donate)
-        self.trace = self._jitted.trace  # what `pallas_kernels.hopper` lowers
+        self.trace, self.lower = self._jitted.trace, self._jitted.lower  # for devices that are not there, too
 
     def __call__(self, *args: Any) -> Any:
         """Calls the compiled function."""

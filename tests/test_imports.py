@@ -14,6 +14,7 @@ RANKS = {
     "algorithms": 1,
     "config": 2,
     "data": 3,
+    "memory": 4,
     "rollout": 4,
     "rewards": 4,
     "training": 5,

@@ -27,6 +27,7 @@ from rapidfire_jax import (
 from rapidfire_jax.algorithms.online import Rollouts
 from rapidfire_jax.algorithms.train_state import gradient_step
 from rapidfire_jax.models.heads import CausalLM
+from rapidfire_jax.models.remat import FULL, keep_names
 from tests.helpers.tiny import TINY
 
 B, P, T = 2, 24, 40
@@ -45,7 +46,7 @@ TOKENS, MASK = jnp.zeros((B, P + T), jnp.int32), jnp.ones((B, P + T), bool)
 NUMBERS = jnp.zeros((B, T), jnp.float32)
 
 
-def kernels_of_a_step(lora=LORA, remat=False, optimizer="adamw", **changes):
+def kernels_of_a_step(lora=LORA, remat=None, optimizer="adamw", **changes):
     """Counts in `ppo_step`, and how many arrays are trained."""
     model = CausalLM(dataclasses.replace(CONFIG, **changes), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     policy, frozen, trainable = make_policy(model, jax.random.key(0), lora=lora, remat=remat)
@@ -77,8 +78,16 @@ def test_step():
 
 def test_remat_runs_the_forward_kernels_of_a_layer_once_more():
     plain, _ = kernels_of_a_step()
-    again, _ = kernels_of_a_step(remat=True)
+    again, _ = kernels_of_a_step(remat=FULL)
     assert again == plain | {"flash_attention_forward": 2, "rms_norm_forward": 3 + 2}
+
+
+def test_what_a_kernel_leaves_for_its_backward_pass_can_be_kept():
+    plain, _ = kernels_of_a_step()
+    kept, _ = kernels_of_a_step(remat=keep_names("attention_out", "attention_lse"))
+    assert kept == plain | {"rms_norm_forward": 3 + 2}
+    kept, _ = kernels_of_a_step(remat=keep_names("residual", "rstd", "attention_norm", "mlp_norm"))
+    assert kept == plain | {"flash_attention_forward": 2}
 
 
 def test_layers_of_two_kinds_share_one_body():

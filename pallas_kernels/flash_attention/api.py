@@ -4,6 +4,7 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Implementation, Operation, hopper_kernel
@@ -119,6 +120,7 @@ def _attend(q, k, v, segments, kv_segments, window, options):
 def _forward(q, k, v, segments, kv_segments, window, options):
     seen = _seen(segments, kv_segments, window, options)
     out, lse = mosaic_gpu.flash_attention_forward(q, k, v, seen, options.causal, options.scale, options.soft_cap)
+    out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
     return (out, lse), (q, k, v, segments, kv_segments, window, out, lse)
 
 

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 
 def flash_attention_reference(q, k, v, segments, kv_segments, window, causal, scale, soft_cap):
@@ -10,6 +11,7 @@ def flash_attention_reference(q, k, v, segments, kv_segments, window, causal, sc
     C, K = k.shape[1:3]
     grouped = q.reshape(B, S, K, N // K, H)
     scores = jnp.einsum("bskgh,bckh->bkgsc", grouped, k, preferred_element_type=jnp.float32) * scale
+    scores = checkpoint_name(scores, "attention_scores")
     if soft_cap is not None:
         scores = jnp.tanh(scores / soft_cap) * soft_cap
     scores = jnp.where(visible(S, C, segments, kv_segments, window, causal)[:, None, None], scores, -jnp.inf)
@@ -21,7 +23,7 @@ def flash_attention_reference(q, k, v, segments, kv_segments, window, causal, sc
     total = jnp.where(sees, total, 1.0)
     lse = jnp.where(sees, highest + jnp.log(total), -jnp.inf)
     out = jnp.einsum("bkgsc,bckh->bskgh", (weights / total).astype(v.dtype), v)
-    return out.reshape(q.shape), lse.reshape(B, N, S)
+    return checkpoint_name(out.reshape(q.shape), "attention_out"), lse.reshape(B, N, S)
 
 
 def visible(S, C, segments, kv_segments, window, causal):

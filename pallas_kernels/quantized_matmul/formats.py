@@ -148,9 +148,8 @@ def from_row_major(
     format: str,
 ) -> Quantized:
     """A 4-bit matrix whose codes and scales another program has computed and stored in row-major order."""
-    block_scale = _by_run(jnp.asarray(block_scales), *scale_codes.shape)
-    packed = _pack(jnp.asarray(codes).reshape(*scale_codes.shape, GROUP))
-    return Quantized(packed, jnp.asarray(scale_codes).T, block_scale, jnp.asarray(offset), format)
+    packed = _pack(codes.reshape(*scale_codes.shape, GROUP))
+    return Quantized(packed, scale_codes.T, _by_run(block_scales, *scale_codes.shape), offset, format)
 
 
 def dequantize(q: Quantized, dtype: DTypeLike = jnp.float32) -> Float[Array, "*L N K"]:

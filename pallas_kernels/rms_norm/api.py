@@ -4,6 +4,7 @@ from functools import partial
 from typing import NamedTuple, overload
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import Implementation, Operation, hopper_kernel
@@ -86,7 +87,8 @@ def _mosaic(x, residual, scale, eps, offset):
 
 def _forward(x, residual, scale, eps, offset):
     y, h, rstd = mosaic_gpu.rms_norm_forward(x, residual, scale, eps, offset)
-    h = x if h is None else h
+    h = x if h is None else checkpoint_name(h, "residual")
+    rstd = checkpoint_name(rstd, "rstd")
     return (y, h), (h, scale, rstd, residual is not None)
 
 

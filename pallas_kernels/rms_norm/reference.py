@@ -2,11 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 
 def rms_norm_reference(x, residual, scale, eps, offset):
     """`(y, h)` of `x [M, D]`, `residual [M, D]` or None and `scale [D]`; statistics in float32."""
-    h = x if residual is None else x + residual
+    h = x if residual is None else checkpoint_name(x + residual, "residual")
     h32 = h.astype(jnp.float32)
     unit = h32 * jax.lax.rsqrt(jnp.mean(h32 * h32, axis=-1, keepdims=True) + eps)
     if offset:

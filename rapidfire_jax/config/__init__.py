@@ -18,6 +18,7 @@ from rapidfire_jax.config.data import DataConfig
 from rapidfire_jax.config.reward import RewardConfig
 from rapidfire_jax.config.section import DType, Fraction, NonNegative, Positive, Quantize, Section, section_of
 from rapidfire_jax.errors import InputError
+from rapidfire_jax.models.remat import Group
 
 FROZEN = "quantised weights are frozen; use adapter.type=lora"
 
@@ -135,9 +136,24 @@ class OfflineTrainingConfig(TrainingConfig):
 
 
 class MemoryConfig(Section):
-    """What is kept for the backward pass."""
+    """What is kept for the backward pass, and what is computed again instead."""
 
-    remat: Literal["none", "full"] = "none"
+    remat: Literal["auto", "none", "full", "dots"] | tuple[str, ...] = Field(
+        default="none",
+        description="auto: what loses least time within the budget; none: all is kept; full: inputs of layers only; "
+        "dots: results of products with weights; or names of activations",
+    )
+    budget_gb: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="GiB for temporaries of learning, for remat=auto; null: what the device has left"
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> "MemoryConfig":
+        if self.budget_gb is not None and self.remat != "auto":
+            raise ValueError(f"budget_gb={self.budget_gb} has no effect with remat={self.remat}; use remat=auto")
+        if not isinstance(self.remat, str):
+            Group(keep=self.remat)
+        return self
 
 
 class LoggingConfig(Section):

@@ -71,8 +71,16 @@ class _AutoModel[M: Decoder]:
         precision = Precision(compute, _dtype_name("output_dtype", output_dtype, outputs))
         path = resolve(name, revision)
         checkpoint, family, config = open_checkpoint(path)
-        weights = {"dtype": parameters, "precision": precision, "quantize": quantize, "placement": placement}
-        model = load(cls.kind, checkpoint, family, config, **weights)
+        model = load(
+            cls.kind,
+            checkpoint,
+            family,
+            config,
+            dtype=parameters,
+            precision=precision,
+            quantize=quantize,
+            placement=placement,
+        )
         if isinstance(model, CausalLM) and path.is_dir() and (path / VALUE_HEAD).exists():
             _load_value_head(model, path / VALUE_HEAD)
         return model

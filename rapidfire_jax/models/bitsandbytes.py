@@ -13,6 +13,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import Quantized
@@ -45,14 +46,14 @@ class BitsAndBytesCheckpoint:
         """Tensor `name`."""
         if name not in self._states:
             return self._files.read(name)
-        codes, scales = self._codes(name), self._read(name, "absmax")
+        codes: Any = self._codes(name)
+        scales: Any = self._read(name, "absmax")
         n, k = self.shapes[name]
         if self._is_ours(name):
             offset = np.float32(self._states[name]["nested_offset"])
-            groups = (n, k // GROUP)
-            return from_row_major(
-                codes.reshape(n, k), scales.reshape(groups), self._read(name, "nested_absmax"), offset, "nf4"
-            )
+            codes, scales = jnp.asarray(codes.reshape(n, k)), jnp.asarray(scales.reshape(n, -1))
+            blocks = jnp.asarray(self._read(name, "nested_absmax"))
+            return from_row_major(codes, scales, blocks, jnp.asarray(offset), "nf4")
         state = self._states[name]
         if state["nested"]:
             block = np.repeat(self._read(name, "nested_absmax"), state["nested_blocksize"])[: len(scales)]

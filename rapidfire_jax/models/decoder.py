@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rapidfire_jax.errors import InputError
 from rapidfire_jax.models.config import DecoderConfig
 from rapidfire_jax.models.layers import Block, LayerCache, Slots, View, make_norm
+from rapidfire_jax.models.remat import Group, Remat, checkpointed
 from rapidfire_jax.models.rope import rotations
 
 type Mask = Bool[Array, "B S"] | Int[Array, "B S"]
@@ -112,9 +113,9 @@ class Decoder(nnx.Module):
         mask: Mask | None = None,
         positions: Int[Array, "B S"] | None = None,
         *,
-        remat: bool = False,
+        remat: Remat | None = None,
     ) -> Float[Array, "B S D"]:
-        """Hidden states after the final norm; `remat` recomputes each layer in the backward pass."""
+        """Hidden states after the final norm; `remat` says what the backward pass computes again of the last stack."""
         return self.upper(self.lower(tokens, mask, positions), mask, positions, remat=remat)
 
     def hidden_states(
@@ -145,7 +146,7 @@ class Decoder(nnx.Module):
         mask: Mask | None = None,
         positions: Int[Array, "B S"] | None = None,
         *,
-        remat: bool = False,
+        remat: Remat | None = None,
     ) -> Float[Array, "B S D"]:
         """From the residual stream of `lower` to the hidden states after the final norm."""
         mask, positions = _complete(x[..., 0], mask, positions)
@@ -217,7 +218,7 @@ class Decoder(nnx.Module):
         local = rotation if config.local_rope is None else rotations(config.local_rope, positions, config.head_dim)
         return View(rotation, None), View(local, config.sliding_window)
 
-    def _scan(self, first: int, stack: Block, x, mask, positions, *, remat: bool = False, keep=None):
+    def _scan(self, first: int, stack: Block, x, mask, positions, *, remat: Remat | None = None, keep=None):
         """Runs a stack over the residual stream; returns it and what `keep(x, (keys, values))` takes of each layer."""
         segments = mask.astype(jnp.int32)
         views = self._views(positions)
@@ -234,7 +235,32 @@ class Decoder(nnx.Module):
             x, pair = nnx.merge(graphdef, weights)(x, view, segments)
             return x, None if keep is None else keep(x, pair)
 
-        return jax.lax.scan(jax.checkpoint(step) if remat else step, x, (layers, jnp.array(is_local)))
+        xs = layers, jnp.array(is_local)
+        if remat is None:
+            return jax.lax.scan(step, x, xs)
+        spans = remat.spans(len(is_local))
+        if len(spans) == 1:
+            return jax.lax.scan(checkpointed(step, spans[0][2], len(is_local)), x, xs)
+        assert keep is None
+        for start, stop, group in spans:
+            x = _scan_part(step, group, x, xs, start, stop)
+        return x, None
+
+
+def _scan_part(step, group: Group, x, xs, start: int, stop: int):
+    """Scans over some layers of a stack. Beside adapters, weights are not cut, which would copy them, but indexed."""
+    adapters, frozen = nnx.split_state(xs[0], nnx.LoRAParam, ...)
+    cut = lambda tree: jax.tree.map(lambda w: w[start:stop], tree)  # noqa: E731
+    if not jax.tree.leaves(adapters):  # all weights are trained: their gradients would be added up layer by layer
+        return jax.lax.scan(checkpointed(step, group, stop - start), x, cut(xs))[0]
+
+    def indexed(x, layer):
+        i, adapters, local = layer
+        weights = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, i, keepdims=False), frozen)
+        return step(x, (nnx.merge_state(adapters, weights), local))
+
+    own = jnp.arange(start, stop), cut(adapters), cut(xs[1])
+    return jax.lax.scan(checkpointed(indexed, group, stop - start), x, own)[0]
 
 
 @partial(jax.jit, static_argnums=0)

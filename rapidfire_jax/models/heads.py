@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from rapidfire_jax.models.decoder import Decoder, Mask
 from rapidfire_jax.models.lora import merge_lora
+from rapidfire_jax.models.remat import Remat
 from rapidfire_jax.models.weights import assemble, parameters
 
 
@@ -86,7 +87,7 @@ class RewardModel(Decoder):
     def from_causal(cls, model: CausalLM, key: Array) -> "RewardModel":
         """The trunk of a language model with a new head: where reward modelling starts from an SFT model."""
         arrays = parameters(merge_lora(model))
-        score = _new_score(key, model.config.hidden_size, arrays["embedding"].dtype)
+        score = _new_score(key, model.config.hidden_size, model.embedding.dtype)
         return assemble(cls, model.config, arrays | {"score": score}, model.precision)
 
     def add_value_head(self, weights: ValueHead | None = None) -> None:
@@ -109,7 +110,7 @@ class RewardModel(Decoder):
         mask: Mask | None = None,
         positions: Int[Array, "B S"] | None = None,
         *,
-        remat: bool = False,
+        remat: Remat | None = None,
     ) -> Float[Array, "B"]:
         """Reward of each row, float32: the head at the row's last real token, wherever padding stands."""
         hidden = self.hidden(tokens, mask, positions, remat=remat)

@@ -1,16 +1,18 @@
 """The parts of a decoder layer as Flax NNX modules.
 
 Shapes: B sequences, S tokens, C keys, D width, N query heads, K key/value heads, H head width, F ffn width. A module
-computes in the dtype of its input; norms and the attention's softmax are float32.
+computes in the dtype of its input; norms and the attention's softmax are float32. Activations that a backward pass may
+want are named, see `remat.py`; a name does nothing by itself.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Int8
 
@@ -93,7 +95,8 @@ class Linear(nnx.Module):
         if self.bias is not None:
             y += jnp.broadcast_to(self.bias[...].astype(x.dtype), y.shape)
         if self.lora_scale is not None:
-            y += (x @ self.lora_a[...].astype(x.dtype)) @ (self.lora_b[...] * self.lora_scale).astype(x.dtype)
+            narrow = checkpoint_name(x @ self.lora_a[...].astype(x.dtype), "lora")
+            y += narrow @ (self.lora_b[...] * self.lora_scale).astype(x.dtype)
         return y
 
     def merged(self, dtype: DTypeLike, layer: int | None = None) -> Float[Array, "*L in out"]:
@@ -147,7 +150,8 @@ class LayerNorm(nnx.Module):
 
     def add(self, x: Float[Array, "*M D"], update: Float[Array, "*M D"]) -> tuple[Array, Array]:
         """The sum of both, normalised, and the sum itself."""
-        return self(x + update), x + update
+        total = checkpoint_name(x + update, "residual")
+        return self(total), total
 
 
 def make_norm(config: DecoderConfig, *, dtype: DTypeLike) -> RMSNorm | LayerNorm:
@@ -186,25 +190,31 @@ class Block(nnx.Module):
         Either `segments` say which tokens of `x` see each other, or `x` is one token a row that is added to `slots`;
         then the cache with it takes the place of keys and values.
         """
-        attended, pair = self._attention(self.attention_norm(x), view, segments, slots)
+        normed = checkpoint_name(self.attention_norm(x), "attention_norm")
+        attended, pair = self._attention(normed, view, segments, slots)
         if self.attention_post_norm is not None:
-            attended = self.attention_post_norm(attended)
+            attended = self.attention_post_norm(checkpoint_name(attended, "attention_update"))
         if self.config.parallel:
-            return x + attended + self._mlp(self.mlp_norm(x)), pair
+            return x + attended + self._mlp(checkpoint_name(self.mlp_norm(x), "mlp_norm")), pair
         normed, x = self.mlp_norm.add(x, attended)
-        update = self._mlp(normed)
-        return x + (update if self.mlp_post_norm is None else self.mlp_post_norm(update)), pair
+        update = self._mlp(checkpoint_name(normed, "mlp_norm"))
+        if self.mlp_post_norm is not None:
+            update = self.mlp_post_norm(checkpoint_name(update, "mlp_update"))
+        return x + update, pair
 
     def _attention(self, x, view: View, segments, slots: Slots | None):
         B, S, _ = x.shape
         q, k, v = (proj(x).reshape(B, S, -1, self.config.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        v = checkpoint_name(v, "value")
+        if self.q_norm is not None and self.k_norm is not None:  # whose backward passes want what goes in
+            q, k = self.q_norm(checkpoint_name(q, "query")), self.k_norm(checkpoint_name(k, "key"))
         if view.rotation is not None:
             q, k = rotate(q, *view.rotation), rotate(k, *view.rotation)
+        if self.q_norm is None:
+            q, k = checkpoint_name(q, "query"), checkpoint_name(k, "key")
         scale, soft_cap = self.config.attention_scale, self.config.attention_soft_cap
+        seen: Any = (k, v)
         if slots is None:
-            seen = k, v
             mixed = flash_attention(q, k, v, segments=segments, window=view.window, scale=scale, soft_cap=soft_cap).out
         else:
             seen = slots.write(k[:, 0], v[:, 0])
@@ -217,5 +227,6 @@ class Block(nnx.Module):
 
     def _mlp(self, x):
         act = ACTIVATION[self.config.activation]
-        up = self.up_proj(x)
-        return self.down_proj(act(up) if self.gate_proj is None else act(self.gate_proj(x)) * up)
+        up = checkpoint_name(self.up_proj(x), "up")
+        hidden = act(up) if self.gate_proj is None else act(checkpoint_name(self.gate_proj(x), "gate")) * up
+        return self.down_proj(checkpoint_name(hidden, "mlp_hidden"))

@@ -19,6 +19,7 @@ from rapidfire_jax.models.decoder import Decoder
 from rapidfire_jax.models.heads import CausalLM, RewardModel, ValueParam
 from rapidfire_jax.models.lora import add_lora
 from rapidfire_jax.models.quantization import is_quantized
+from rapidfire_jax.models.remat import Remat
 
 type Params = Any  # a pytree of arrays
 
@@ -30,6 +31,9 @@ class Parts(NamedTuple):
 
     policy: Params
     critic: Params | None = None
+
+
+NOTHING = Parts(None)
 
 
 class TokenOutputs(NamedTuple):
@@ -56,7 +60,7 @@ class Policy:
     graphdefs: Parts
     reference_graphdefs: Parts  # without adapters and value head
     full: bool  # every weight is trained, not adapters
-    remat: bool = False
+    remat: Parts = NOTHING  # what each one's backward pass computes again, a `Remat`; None: nothing
 
     def merge(self, frozen: Parts, trainable: Parts) -> CausalLM:
         """The model of the trained policy."""
@@ -94,10 +98,10 @@ class Policy:
         through value head and trunk.
         """
         model, critic = self.merge(frozen, trainable), self.merge_critic(frozen, trainable)
-        hidden = _around_response(model, inputs, inputs.lower.policy, response_length, self.remat)
+        hidden = _around_response(model, inputs, inputs.lower.policy, response_length, self.remat.policy)
         logp_t, entropy_t = _log_probs(model, hidden[:, :-1], inputs, temperature)
         if critic is not None:
-            hidden = _around_response(critic, inputs, inputs.lower.critic, response_length, self.remat)
+            hidden = _around_response(critic, inputs, inputs.lower.critic, response_length, self.remat.critic)
             values = critic.value(hidden)
         elif model.has_value_head:
             values = model.value(hidden)
@@ -110,7 +114,7 @@ class Policy:
     ) -> Float[Array, "B T"]:
         """Log-probability of the last `response_length` tokens under the policy the run started from."""
         model = nnx.merge(self.reference_graphdefs.policy, frozen.policy)
-        hidden = _around_response(model, inputs, inputs.lower.policy, response_length, remat=False)
+        hidden = _around_response(model, inputs, inputs.lower.policy, response_length, remat=None)
         return _log_probs(model, hidden[:, :-1], inputs, temperature)[0]
 
     def is_critic(self, trainable: Parts) -> Parts:
@@ -131,7 +135,7 @@ def make_policy(
     lora: dict[str, Any] | None,
     critic: RewardModel | None = None,
     value_head: bool = True,
-    remat: bool = False,
+    remat: Remat | None = None,
 ) -> tuple[Policy, Parts, Parts]:
     """Splits a loaded model, once, into `(policy, frozen, trainable)`. The model gains adapters and a value head.
 
@@ -142,7 +146,7 @@ def make_policy(
       critic: a model of its own, of any size but with the same vocabulary, trained like the policy; None: a value head
         on the policy's trunk.
       value_head: False leaves out the value head that stands in for a separate critic.
-      remat: recompute each layer in the backward pass instead of keeping its activations.
+      remat: what the backward passes of policy and critic compute again instead of keeping it; None: nothing.
     """
     if critic is None:
         parts = [Parts(part) for part in split_parameters(model, lora, key, value_head=value_head)]
@@ -151,7 +155,7 @@ def make_policy(
         of_critic = split_parameters(critic, lora, jax.random.fold_in(key, 1), value_head=True)
         parts = [Parts(*pair) for pair in zip(of_policy, of_critic, strict=True)]
     graphdefs, reference_graphdefs, frozen, trainable = parts
-    return Policy(graphdefs, reference_graphdefs, full=lora is None, remat=remat), frozen, trainable
+    return Policy(graphdefs, reference_graphdefs, full=lora is None, remat=Parts(remat, remat)), frozen, trainable
 
 
 def split_parameters(
@@ -183,7 +187,7 @@ def split_parameters(
 
 
 def _around_response(
-    model: Decoder, inputs: Inputs, lower: Float[Array, "B S D"] | None, response_length: int, remat: bool
+    model: Decoder, inputs: Inputs, lower: Float[Array, "B S D"] | None, response_length: int, remat: Remat | None
 ) -> Float[Array, "B T+1 D"]:
     """Hidden states from which the response tokens were predicted, one position earlier, and that of the last one."""
     tokens, mask, _ = inputs

@@ -27,7 +27,7 @@ class RoundedInputs:
     weights: Quantized
 
 
-type Kernel = Float[Array, "*L in out"] | Quantized | RoundedInputs
+type Kernel = Float[Array, "*L in out"] | Quantized
 
 
 def shape_of(kernel: Kernel) -> tuple[int, ...]:
@@ -38,7 +38,7 @@ def shape_of(kernel: Kernel) -> tuple[int, ...]:
     return kernel.shape
 
 
-def multiply(x: Float[Array, "*M in"], kernel: Kernel) -> Float[Array, "*M out"]:
+def multiply(x: Float[Array, "*M in"], kernel: Kernel | RoundedInputs) -> Float[Array, "*M out"]:
     """`x @ kernel` in the dtype of `x`. Gradients flow to `x` that is not rounded, and to a kernel that is an array."""
     if isinstance(kernel, RoundedInputs):
         codes, scales = quantize_cache(x)
@@ -101,7 +101,7 @@ class QuantizedBuffer:
             lambda x: np.empty(x.shape, x.dtype), jax.eval_shape(partial(quantize, format=format), one)
         )
 
-    def fill(self, layer: int, kernel: np.ndarray | Quantized) -> None:
+    def fill(self, layer: int | None, kernel: Any) -> None:
         """Rounds the matrix `[in, out]` of a layer, or takes one that is in the format already."""
         if not isinstance(kernel, Quantized):
             kernel = _rounding(self.format)(np.ascontiguousarray(kernel.T))

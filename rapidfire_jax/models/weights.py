@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -166,7 +166,7 @@ def load[M: Decoder](
 
 def _parts_of(
     family: Family, path: str, value: np.ndarray | Quantized, widths: list[int], heads: int, format: str | None
-) -> list[np.ndarray] | list[Quantized]:
+) -> list[Any]:
     """The parts of a stored tensor in our layout; quantised if it is stored in the format that is wanted."""
     if isinstance(value, Quantized):
         if value.format == format and _is_swapped(family, path):
@@ -208,7 +208,8 @@ def _find(
 
 def _compare_tied(checkpoint: Checkpoint, head: str, embedding: str) -> None:
     """Warns of a stored head that is not the embedding although the configuration ties them."""
-    if embedding in checkpoint.shapes and not np.array_equal(checkpoint.read(head), checkpoint.read(embedding)):
+    stored: list[Any] = [checkpoint.read(name) for name in (head, embedding) if name in checkpoint.shapes]
+    if len(stored) == 2 and not np.array_equal(*stored):
         warnings.warn(
             f"{checkpoint.where}: {head} differs from {embedding}, but the configuration ties them; the embedding is "
             "used for both",
@@ -251,7 +252,7 @@ class Buffer:
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype):
         self.value = _aligned(shape, dtype)
 
-    def fill(self, layer: int | None, part: np.ndarray) -> None:
+    def fill(self, layer: int | None, part: Any) -> None:
         """Takes the array of a layer, or the whole of a parameter that is not stacked."""
         self.value[... if layer is None else layer] = part
 

@@ -1,7 +1,7 @@
 """Arrays for the offline algorithms from tokenised examples."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -39,6 +39,7 @@ class Batches:
     train: Callable[[int], Any]  # batch of an iteration, a pure function of it
     held_out: list[Any]
     rows: int | None  # of an epoch; None of a stream
+    widest: Callable[[], Any] | None  # a batch as large as any; None of a stream, which does not know
 
 
 def load_batches(
@@ -136,6 +137,7 @@ def _packed(
         train=lambda iteration: CompletionBatch(*map(jnp.asarray, packed.batch(iteration, rows))),
         held_out=[_completion_batch(filled[i : i + rows], rows, width) for i in range(0, len(filled), rows)],
         rows=len(packed) if isinstance(packed, PackedRows) else None,
+        widest=lambda: _completion_batch([], rows, width),
     )
 
 
@@ -151,4 +153,14 @@ def _cut[E](
         train=lambda iteration: make(train.batch(iteration, rows)),
         held_out=[make(held_out[i : i + rows]) for i in range(0, len(held_out), rows)],
         rows=len(train) if isinstance(train, Examples) else None,
+        widest=(lambda: make([_longest(train.items)])) if isinstance(train, Examples) else None,
     )
+
+
+def _longest(examples: Sequence[Any]) -> Any:
+    """An example as long as any; of pairs one whose parts are."""
+    if isinstance(examples[0], Preference):
+        parts = ("prompt", "chosen", "rejected")
+        longest: Any = {part: max((getattr(pair, part) for pair in examples), key=len) for part in parts}
+        return replace(examples[0], **longest)
+    return max(examples, key=lambda example: len(example.tokens))

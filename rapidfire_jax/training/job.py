@@ -16,6 +16,7 @@ from rapidfire_jax.programs import peak_bytes
 from rapidfire_jax.training.checkpoint import Checkpoints
 from rapidfire_jax.training.interrupt import Interrupted, InterruptGuard
 from rapidfire_jax.training.plots import Plots, plot_run
+from rapidfire_jax.training.remat import Fitted
 from rapidfire_jax.training.reporting import Headline, Reporter, print_comparison
 from rapidfire_jax.training.run_directory import RunDirectory
 
@@ -27,6 +28,7 @@ class Job(Protocol):
     iterations: int
     held_out_name: str  # of what it is evaluated on
     plots: Plots
+    fitted: Fitted | None  # plan of what is kept for the backward pass, if it was chosen by a budget
 
     @property
     def config(self) -> RunConfig:
@@ -93,6 +95,9 @@ def train(config: RunConfig, run: RunDirectory, make: Callable[[Any], Job] = mak
         except Interrupted as stop:
             message = f"stopped before training began; start it with: rapidfire train --resume {run.path}"
             raise Interrupted(stop.signum, message) from None
+        if job.fitted is not None:
+            job.fitted.show()
+            run.write_json("remat.json", job.fitted.record())
         checkpoints = Checkpoints(run.checkpoints, config.training.keep_checkpoints)
         done, seconds, evaluations = 0, 0.0, {}
         if checkpoints.latest is not None:

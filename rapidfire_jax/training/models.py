@@ -24,6 +24,7 @@ from rapidfire_jax.models.policy import Policy, make_policy
 from rapidfire_jax.models.precision import hardware_dtype
 from rapidfire_jax.models.scorer import Scorer, make_scorer
 from rapidfire_jax.models.tokenizer import check_vocabulary, load_tokenizer, stop_ids
+from rapidfire_jax.training.remat import preset
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -72,7 +73,7 @@ def load_trainee(config: RunConfig) -> Trainee:
     weights = config.model.model_dump()
     tokenizer = load_tokenizer(config.model.name)
     lora = config.adapter.model_dump(exclude={"type"}) if config.adapter.type == "lora" else None
-    remat = config.memory.remat == "full"
+    remat = preset(config.memory)
     model_key = run_keys(config.seed)[0]
     model: CausalLM | RewardModel
     half: Policy | Scorer

@@ -17,11 +17,14 @@ from rapidfire_jax.algorithms.masking import finish
 from rapidfire_jax.algorithms.offline import OfflineAlgorithm
 from rapidfire_jax.config import OfflineRunConfig
 from rapidfire_jax.errors import InputError
+from rapidfire_jax.models.policy import Policy
+from rapidfire_jax.models.scorer import Scorer
 from rapidfire_jax.programs import Program, peak_bytes
 from rapidfire_jax.training.batches import load_batches, real_tokens
 from rapidfire_jax.training.job import check_finite, learning_rate
 from rapidfire_jax.training.models import load_trainee, numbers_of, static_of
 from rapidfire_jax.training.plots import OFFLINE_PLOTS
+from rapidfire_jax.training.remat import fit_plan, shapes
 from rapidfire_jax.training.reporting import Headline
 
 
@@ -45,10 +48,24 @@ class OfflineJob:
             *accuracy,
             ("tokens_per_second", "tokens/s", "{:5.0f}"),
         )
-        common = {"model": self.trainee.model, "config": self.static}
-        step = functools.partial(offline.step, self.algorithm, optimizer=self.trainee.optimizer, **common)
-        self._step = Program("step", step, donate=(0,))
-        self._evaluate = Program("evaluate", functools.partial(offline.evaluate, self.algorithm, **common))
+        optimizer = self.trainee.optimizer
+
+        @functools.cache
+        def step_of(model: Policy | Scorer) -> Program:
+            step = functools.partial(offline.step, self.algorithm, model=model, optimizer=optimizer, config=self.static)
+            return Program("step", step, donate=(0,))
+
+        self.fitted, model = None, self.trainee.model
+        if config.memory.remat == "auto":
+            if self.batches.widest is None:
+                raise InputError(
+                    "memory.remat=auto: a stream does not say how long its examples are; name what to keep"
+                )
+            args = self.state, shapes(self.batches.widest()), self.hparams(0)
+            model, self.fitted = fit_plan(model, step_of, args, config.memory)
+        self._step = step_of(model)
+        evaluate = functools.partial(offline.evaluate, self.algorithm, model=model, config=self.static)
+        self._evaluate = Program("evaluate", evaluate)
 
     def _count_iterations(self) -> int:
         training = self.config.training

@@ -5,6 +5,7 @@ the host between the first and the last.
 """
 
 import dataclasses
+import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from rapidfire_jax.training.evaluate import evaluate_policy, response_tokens, wi
 from rapidfire_jax.training.job import check_finite, learning_rate
 from rapidfire_jax.training.models import load_trainee, numbers_of, run_keys, static_of
 from rapidfire_jax.training.plots import ONLINE_PLOTS
+from rapidfire_jax.training.remat import fit_plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,10 +143,28 @@ class OnlineJob:
             int8_cache=config.rollout.cache == "int8",
         )
         assert isinstance(trainee.model, Policy)
-        self.policy = trainee.model
-        self.programs = compile_programs(
-            self.algorithm, self.policy, sampling, trainee.optimizer, self.static, config.rollout
+
+        @functools.cache
+        def programs(policy: Policy) -> Programs:
+            return compile_programs(self.algorithm, policy, sampling, trainee.optimizer, self.static, config.rollout)
+
+        self.policy, self.fitted = trainee.model, None
+        if config.memory.remat == "auto":
+            args = self._largest(programs(self.policy))
+            self.policy, self.fitted = fit_plan(self.policy, lambda policy: programs(policy).learn, args, config.memory)
+        self.programs = programs(self.policy)
+
+    def _largest(self, programs: Programs) -> tuple[Any, ...]:
+        """Arguments of the learning program, with the longest prompts."""
+        rows, hparams = self.config.rollout.batch_size, self.hparams(0)
+        prompts = jax.ShapeDtypeStruct((rows, self.buckets[-1]), jnp.int32)
+        mask = jax.ShapeDtypeStruct(prompts.shape, bool)
+        weights = self.state.frozen, self.state.trainable
+        rollouts = jax.eval_shape(
+            programs.rollout.function, *weights, prompts, mask, self.train_key, hparams.temperature
         )
+        rollouts = dataclasses.replace(rollouts, score=jax.ShapeDtypeStruct((rows,), jnp.float32))
+        return self.state, rollouts, hparams, self.train_key
 
     def _try_rewards(self, prompts: PromptSet) -> None:
         """Calls the rewards once on two prompts, so that a broken one is known before any time is spent."""

@@ -7,6 +7,7 @@ from flax import nnx
 from rapidfire_jax.models.decoder import count_positions
 from rapidfire_jax.models.heads import CausalLM
 from rapidfire_jax.models.layers import RMSNorm
+from rapidfire_jax.models.remat import FULL
 from rapidfire_jax.models.rope import Rope, rotate, rotations
 from tests.helpers.tiny import TINY, padded_batch, tiny_model
 from tests.helpers.tolerances import F32, F32_LONG
@@ -111,7 +112,7 @@ def test_no_token_sees_a_later_one():
 def test_remat_changes_nothing():
     model = tiny_model()
     tokens, mask = padded_batch([5, 8], 8)
-    np.testing.assert_allclose(model.hidden(tokens, mask, remat=True), model.hidden(tokens, mask), **F32_LONG)
+    np.testing.assert_allclose(model.hidden(tokens, mask, remat=FULL), model.hidden(tokens, mask), **F32_LONG)
 
 
 @pytest.mark.parametrize("prompt", [1, 4])

@@ -1,0 +1,1 @@
+"""What a run needs of a device: memory, and the time that saving it costs."""

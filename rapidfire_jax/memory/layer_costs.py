@@ -1,0 +1,292 @@
+"""What it costs to compute a layer's activations again, read off the program of its backward pass.
+
+The gradient of a function that keeps nothing of its layers (`models.remat.FULL`) goes back through them in a loop: its
+body is one layer's forward pass and its derivative. What depends on a cotangent is the derivative; the rest is run
+again only because it was not kept. So the program says for every set of kept activations which equations are left to
+run, whatever the model. Nothing here knows of any.
+
+Seconds are those of a roofline. A product, or a kernel, takes the longer of its FLOPs and of reading its operands and
+writing its result. What stands between products is fused: it takes the time to read what is in memory already, products
+and kept activations, and to write what products will read. Integers and masks cost nothing. An activation that is kept
+takes the time to write it once and to read it once.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+
+from rapidfire_jax.memory.devices import Device
+
+_VIEWS = {"name", "reshape", "squeeze", "expand_dims", "transpose", "copy", "reduce_precision"}  # no work of their own
+_OPAQUE = {"scan", "while", "cond", "pallas_call", "mpmd_map", "core_map"}  # not taken apart
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCosts:
+    """Costs of one layer of a stack. A set of names is a number whose bit i stands for `names[i]`."""
+
+    layers: int  # of the stack
+    names: tuple[str, ...]  # of activations that save work if kept, in the order in which they arise
+    nbytes: np.ndarray  # int64 [names]: of each
+    flops: np.ndarray  # float64 [2 ** len(names)]: of products that are run again, by the set of names that is kept
+    seconds: np.ndarray  # float64 [2 ** len(names)]: of what is run again, by the same
+    everything: int  # bytes that are kept without any plan, beyond those of a plan that keeps no name
+    device: Device
+
+    def subset(self, *names: str) -> int:
+        """The number of a set of names; those that save no work are left out."""
+        return sum(1 << self.names.index(name) for name in set(names).intersection(self.names))
+
+    def __add__(self, other: "LayerCosts") -> "LayerCosts":
+        """Costs of two passes through the same layers."""
+        assert (self.layers, self.names) == (other.layers, other.names)
+        parts = ("nbytes", "flops", "seconds", "everything")
+        return dataclasses.replace(self, **{name: getattr(self, name) + getattr(other, name) for name in parts})
+
+
+def layer_costs(gradient: ClosedJaxpr, device: Device) -> LayerCosts:
+    """Costs of the layers of a stack.
+
+    Args:
+      gradient: the traced gradient of a function that runs this stack, and no other, with `models.remat.FULL`; what
+        stands around, an optimiser or loops over minibatches, does not matter.
+      device: where it will run; kernels count if it was traced for a device that has them.
+
+    Raises:
+      ValueError: no layers are computed again in this program.
+    """
+    found = [_loop_costs(loop, device) for loop in _backward_loops(gradient.jaxpr)]
+    if not found:
+        raise ValueError("no layers are computed again in this program")
+    return functools.reduce(LayerCosts.__add__, found)
+
+
+def _backward_loops(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
+    for eqn in jaxpr.eqns:
+        inner = _inner(eqn)
+        if eqn.primitive.name == "scan" and any(again.params.get("differentiated") for again in inner[0].eqns):
+            yield eqn
+        else:
+            for part in inner:
+                yield from _backward_loops(part)
+
+
+def _inner(eqn: JaxprEqn) -> list[Jaxpr]:
+    params = jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: isinstance(x, (ClosedJaxpr, Jaxpr)))
+    return [x.jaxpr if isinstance(x, ClosedJaxpr) else x for x in params if isinstance(x, (ClosedJaxpr, Jaxpr))]
+
+
+# FLOPs of an equation
+
+
+def _halved_attention(ins: list[Any], outs: list[Any]) -> float:
+    (B, S, N, H), C = ins[0].shape, ins[1].shape[1]
+    return 2 * B * S * C * N * H  # two products, half of whose pairs are never computed: no query sees a later key
+
+
+def _matmul(ins: list[Any], outs: list[Any]) -> float:
+    return 2 * ins[0].shape[-1] * outs[0].size
+
+
+KERNEL_FLOPS: dict[str, Callable[[list[Any], list[Any]], float]] = {
+    "flash_attention_forward": _halved_attention,
+    "quantized_matmul_forward": _matmul,
+}
+
+
+def count_flops(eqn: JaxprEqn) -> float:
+    """FLOPs of the matrix products of an equation, those inside of it included; of kernels, by `KERNEL_FLOPS`."""
+    name = eqn.params.get("name")
+    if eqn.primitive.name in _OPAQUE and name in KERNEL_FLOPS:
+        return KERNEL_FLOPS[name](list(map(_aval, eqn.invars)), list(map(_aval, eqn.outvars)))
+    if eqn.primitive.name == "dot_general":
+        contracted, _ = eqn.params["dimension_numbers"]
+        left, result = _aval(eqn.invars[0]), _aval(eqn.outvars[0])
+        return 2.0 * result.size * math.prod(left.shape[i] for i in contracted[0])
+    inside = [sum(map(count_flops, jaxpr.eqns)) for jaxpr in _inner(eqn)]
+    if eqn.primitive.name == "scan":
+        return eqn.params["length"] * inside[0]
+    return max(inside) if eqn.primitive.name == "cond" else sum(inside)
+
+
+def _aval(var: Any) -> Any:
+    """Shape and dtype."""
+    return var.aval
+
+
+# The body of a loop as operations on numbered values
+
+
+class _Op(NamedTuple):
+    eqn: JaxprEqn
+    inputs: list[int]  # without literals
+    outputs: list[int]
+
+    @property
+    def is_product(self) -> bool:
+        return self.eqn.primitive.name in _OPAQUE or self.eqn.primitive.name == "dot_general"
+
+
+class _Body:
+    """What the body of a loop computes, with calls inlined."""
+
+    def __init__(self, loop: JaxprEqn):
+        (jaxpr,) = _inner(loop)
+        cut = [_differ(*pair) for pair in zip(loop.invars, jaxpr.invars, strict=True)]
+        carried = len(jaxpr.outvars) - sum(map(_differ, loop.outvars, jaxpr.outvars))
+        first = len(cut) - sum(cut)  # that is cut into slices; before it stand what is carried, and constants
+        self.avals: list[Any] = []  # by the number of a value
+        self.ops: list[_Op] = []
+        inputs = [self._new(var) for var in jaxpr.invars]
+        self._inline(jaxpr, dict(zip(jaxpr.invars, inputs, strict=True)))
+        self.carried, self.sliced = inputs[first - carried : first], inputs[first:]
+
+    def nbytes(self, value: int) -> int:
+        """Bytes; of integers and masks 0."""
+        dtype = self.avals[value].dtype
+        return self.avals[value].size * dtype.itemsize if jnp.issubdtype(dtype, jnp.inexact) else 0
+
+    def depending(self, values: Iterable[int]) -> set[int]:
+        """These values and all that are computed from them."""
+        found = set(values)
+        for op in self.ops:
+            if found.intersection(op.inputs):
+                found.update(op.outputs)
+        return found
+
+    def _new(self, var: Any) -> int:
+        self.avals.append(var.aval)
+        return len(self.avals) - 1
+
+    def _inline(self, jaxpr: Jaxpr, known: dict[Any, int]) -> list[int]:
+        def read(variables: Iterable[Any]) -> list[int]:
+            return [self._new(v) if isinstance(v, Literal) else known[v] for v in variables]
+
+        known.update((var, self._new(var)) for var in jaxpr.constvars)
+        for eqn in jaxpr.eqns:
+            called = _called(eqn)
+            if called is None:
+                outputs = [self._new(var) for var in eqn.outvars]
+                self.ops.append(_Op(eqn, [known[v] for v in eqn.invars if not isinstance(v, Literal)], outputs))
+            else:
+                outputs = self._inline(called, dict(zip(called.invars, read(eqn.invars), strict=True)))
+            known.update(zip(eqn.outvars, outputs, strict=True))
+        return read(jaxpr.outvars)
+
+
+def _differ(outer: Any, inner: Any) -> bool:
+    return outer.aval.shape != inner.aval.shape
+
+
+def _called(eqn: JaxprEqn) -> Jaxpr | None:
+    """What an equation stands for, if that is one run of it on the equation's operands."""
+    inner = _inner(eqn)
+    if eqn.primitive.name in _OPAQUE or not inner or len(inner[0].invars) != len(eqn.invars):
+        return None
+    return inner[0]
+
+
+def _loop_costs(loop: JaxprEqn, device: Device) -> LayerCosts:
+    body = _Body(loop)
+    of_cotangents = body.depending(body.carried)
+    derivative = [op for op in body.ops if of_cotangents.intersection(op.inputs)]
+    forward = [op for op in body.ops if not of_cotangents.intersection(op.inputs)]
+    wanted = {i for op in derivative for i in op.inputs} - of_cotangents
+
+    labels = {op.outputs[0]: op.eqn.params["name"] for op in forward if op.eqn.primitive.name == "name"}
+    names = tuple(dict.fromkeys(labels.values()))
+    flops, seconds = _work(body, forward, derivative, wanted, labels, names, device)
+    useful = [i for i in range(len(names)) if _saves(seconds, i)]
+    names = tuple(names[i] for i in useful)
+    flops, seconds = (_of_sets(costs, useful) for costs in (flops, seconds))
+    nbytes = np.array([sum(body.nbytes(v) for v in labels if labels[v] == name) for name in names], np.int64)
+    seconds = seconds + 2 * set_sums(nbytes) / device.bandwidth
+
+    differing = body.depending(body.sliced)
+    residuals = {i for op in forward for i in op.outputs} & wanted & differing
+    stream = body.avals[body.carried[0]]  # of the layer's input, which an empty plan keeps
+    unused = [i for i in body.sliced if i not in wanted and _alike(body.avals[i], stream)]
+    everything = sum(map(body.nbytes, residuals)) - sum(map(body.nbytes, unused[:1]))
+    return LayerCosts(loop.params["length"], names, nbytes, flops, seconds, everything, device)
+
+
+def _alike(a: Any, b: Any) -> bool:
+    return (a.shape, a.dtype) == (b.shape, b.dtype)
+
+
+def _work(
+    body: _Body,
+    forward: list[_Op],
+    derivative: list[_Op],
+    wanted: set[int],
+    labels: dict[int, str],
+    names: tuple[str, ...],
+    device: Device,
+) -> tuple[np.ndarray, np.ndarray]:
+    """FLOPs and seconds of what is run again, by the set of names that is kept."""
+    sets = np.arange(2 ** len(names))
+    never, always = np.zeros(len(sets), bool), np.ones(len(sets), bool)
+    kept = {value: (sets >> names.index(name) & 1).astype(bool) for value, name in labels.items()}
+    needed = dict.fromkeys(wanted, always)  # for each value, in which sets somebody wants it
+    runs: dict[int, np.ndarray] = {}  # by the number of an output
+    for op in reversed(forward):
+        run = functools.reduce(np.logical_or, (needed.get(i, never) for i in op.outputs))
+        if op.outputs[0] in kept:
+            run = run & ~kept[op.outputs[0]]
+        runs.update(dict.fromkeys(op.outputs, run))
+        needed.update((i, needed.get(i, never) | run) for i in op.inputs)
+
+    root = list(range(len(body.avals)))  # the value that a view shows
+    fused: set[int] = set()
+    for op in forward:
+        if op.eqn.primitive.name in _VIEWS:
+            root[op.outputs[0]] = root[op.inputs[0]]
+        elif not op.is_product:
+            fused.update(op.outputs)
+
+    flops, seconds = np.zeros(len(sets)), np.zeros(len(sets))
+    read: dict[int, np.ndarray] = {}
+    written: dict[int, np.ndarray] = {}
+    for op in forward:
+        run = runs[op.outputs[0]]
+        if op.is_product:
+            work = count_flops(op.eqn)
+            moved = sum(map(body.nbytes, (*op.inputs, *op.outputs)))
+            flops += np.where(run, work, 0.0)
+            seconds += np.where(run, device.seconds(work, moved, body.avals[op.inputs[0]].dtype), 0.0)
+            written.update((i, written.get(i, never) | run) for i in {root[i] for i in op.inputs} & fused)
+        elif op.eqn.primitive.name not in _VIEWS and any(map(body.nbytes, op.outputs)):
+            for i in {root[i] for i in op.inputs}:
+                read[i] = read.get(i, never) | (run & ~runs[i] if i in fused else run)
+    for op in derivative:
+        if op.is_product:
+            written.update(dict.fromkeys({root[i] for i in op.inputs if i in wanted} & fused, always))
+    for i, when in read.items():
+        seconds += np.where(when, body.nbytes(i) / device.bandwidth, 0.0)
+    for i, when in written.items():
+        seconds += np.where(when & runs[i], body.nbytes(i) / device.bandwidth, 0.0)
+    return flops, seconds
+
+
+def set_sums(sizes: np.ndarray) -> np.ndarray:
+    """The sum of sizes of each set of them."""
+    sets = np.arange(2 ** len(sizes))
+    return sum(((sets >> i & 1) * size for i, size in enumerate(sizes)), np.zeros(len(sets), np.int64))
+
+
+def _saves(costs: np.ndarray, i: int) -> bool:
+    """Whether element i of a set makes a difference, whatever else is in it."""
+    pairs = costs.reshape(-1, 2, 2**i)
+    return not np.array_equal(pairs[:, 0], pairs[:, 1])
+
+
+def _of_sets(costs: np.ndarray, elements: list[int]) -> np.ndarray:
+    """Costs of the sets of these elements alone, numbered anew."""
+    return costs[set_sums(np.array([1 << i for i in elements], np.int64))]
