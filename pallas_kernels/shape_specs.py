@@ -50,6 +50,7 @@ class Call(NamedTuple):
     function: Callable[..., Any]  # of arrays alone
     args: tuple[jax.ShapeDtypeStruct, ...]
     costs: dict[str, Cost]  # by the name of each kernel that must run
+    draw: Callable[[jax.Array], tuple] | None = None  # arguments from a key, where not any numbers will do
 
 
 def shape(*sizes: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
@@ -75,17 +76,19 @@ def partial_vjp(function: Callable[..., Any], args: tuple, differentiable: tuple
 
 
 def forward_and_backward(function: Callable[..., Any], *differentiable: int) -> Callable[..., Any]:
-    """A function of the same arguments that returns results and gradients, with cotangents of ones."""
+    """A function of the same arguments that returns results and gradients, the results being the cotangents too."""
 
     def both(*args: Any) -> Any:
         out, pull = partial_vjp(function, args, differentiable)
-        return out, pull(jax.tree.map(jnp.ones_like, out))
+        return out, pull(out)
 
     return both
 
 
 def random_arguments(call: Call, seed: int = 0) -> tuple[jax.Array, ...]:
-    """Arrays for a call: normal floats, integers that are 0 or 1."""
+    """Arrays for a call: by its own `draw`, else normal floats, and integers that are 0 or 1."""
+    if call.draw is not None:
+        return tuple(jax.jit(call.draw)(jax.random.key(seed)))
     keys = jax.random.split(jax.random.key(seed), len(call.args))
     return tuple(
         jax.random.normal(key, a.shape, a.dtype)

@@ -4,6 +4,7 @@ wgmma takes its left operand from registers or from shared memory. The simulator
 accumulator that starts with values: there, `accumulate` goes through a tile of shared memory and adds.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -47,6 +48,22 @@ def product(lhs, rhs) -> jax.Array:
     return pl.run_scoped(compute, plgpu.ACC((lhs.shape[0], rhs.shape[1]), jnp.float32))
 
 
+def two_products(
+    first: tuple[Any, Any], second: tuple[Any, Any], meanwhile: Callable, *, overlap: bool | int
+) -> tuple[Any, jax.Array]:
+    """`(meanwhile(a @ b), c @ d)` of tiles in shared memory; with `overlap`, c @ d runs while `meanwhile` computes."""
+    if is_simulated() or not overlap:
+        return meanwhile(product(*first)), product(*second)
+
+    def compute(first_acc, second_acc):
+        plgpu.wgmma(first_acc, *first)
+        plgpu.wgmma(second_acc, *second)
+        return meanwhile(plgpu.wgmma_accumulator_load(first_acc, wait_n=1)), second_acc[...]
+
+    accs = (plgpu.ACC((lhs.shape[0], rhs.shape[1]), jnp.float32) for lhs, rhs in (first, second))
+    return pl.run_scoped(compute, *accs)
+
+
 def left_operand(x: jax.Array, stage) -> Any:
     """`x` in registers as `wgmma` takes it: itself on the GPU, in the simulator through `stage` from `staging`."""
     if not is_simulated():
@@ -63,3 +80,17 @@ def accumulate(acc: jax.Array, lhs: jax.Array, rhs, stage) -> jax.Array:
     stage[...] = lhs
     plgpu.commit_smem()
     return acc + product(stage, rhs)
+
+
+def accumulate_two(
+    accs: tuple[jax.Array, jax.Array], first: tuple[Any, Any], second: tuple[Callable, Any], stage
+) -> Any:
+    """`accumulate` twice; the left operand of the second is computed by a function while the first product runs."""
+    if is_simulated():
+        return accumulate(accs[0], *first, stage), accumulate(accs[1], second[0](), second[1], stage)
+
+    def compute(refs):
+        plgpu.wgmma(refs[0], *first)
+        plgpu.wgmma(refs[1], second[0](), second[1])
+
+    return pl.run_state(compute)(tuple(map(plgpu.ACC.init, accs)))

@@ -13,15 +13,19 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels import hopper
+from pallas_kernels.shape_specs import MODELS, random_arguments
 
 FOLDER = Path(__file__).parent / "tuned"
+EVICTING = 256 * 2**20  # bytes; several times an L2 cache
 
 
 def choice(*values: int) -> Any:
@@ -88,52 +92,98 @@ def alternatives(config: Any) -> Iterator[Any]:
             yield dataclasses.replace(config, **{field.name: value})
 
 
-def tune(function: Callable, *args: Any, measure: Callable[[Callable, tuple], float] | None = None) -> dict[str, Any]:
+def compiled(function: Callable, args: tuple) -> jax.stages.Compiled:
+    """`function`, traced anew: what runs depends on more than the arguments."""
+    return jax.jit(lambda *args: function(*args)).lower(*args).compile()
+
+
+def seconds(program: jax.stages.Compiled, args: tuple) -> float:
+    """Median time on the GPU of all kernels of a call, of which none is compilation or launch."""
+    return statistics.median(sum(took for _, took in run) for run in kernel_seconds(program, args))
+
+
+def tune(
+    function: Callable,
+    *args: Any,
+    prepare: Callable[[Callable, tuple], Any] = compiled,
+    measure: Callable[[Any, tuple], float] = seconds,
+) -> dict[str, Any]:
     """Finds, kernel by kernel, a Config that no alternative beats by 2%, and writes it to the device's file.
 
     Args:
       function: calls an operation; every kernel in it is tuned.
       *args: arrays.
-      measure: seconds of one call of a function, which it must trace; by default `seconds`.
+      prepare: traces the function; several are prepared at a time.
+      measure: seconds of one call of what `prepare` returned.
 
     Returns:
       `{kernel: Config}`.
     """
-    measure = seconds if measure is None else measure
+    does_not_fit = ValueError, NotImplementedError, jax.errors.JaxRuntimeError
 
-    def attempt(configs: dict[str, Any]) -> tuple[float, dict[str, tuple[str, Any]]]:
+    def program(configs: dict[str, Any]) -> tuple[Any, dict[str, tuple[str, Any]]]:
         with trial(**configs) as asked:
             try:
-                return measure(jax.jit(lambda *a: function(*a)), args), asked
-            except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError):  # does not fit
-                return float("inf"), asked
+                return prepare(function, args), asked
+            except does_not_fit:
+                return None, asked
 
-    best, asked = attempt({})
-    found = {kernel: config for kernel, (_, config) in asked.items()}
-    for kernel in found:
-        pending = list(alternatives(found[kernel]))
-        seen = {found[kernel]}
-        while pending:
-            config = pending.pop()
-            if config in seen:
-                continue
-            seen.add(config)
-            took, _ = attempt(found | {kernel: config})
-            if took < 0.98 * best:
-                best, found[kernel] = took, config
-                pending = list(alternatives(config))
+    def took(program: Any) -> float:
+        try:
+            return float("inf") if program is None else measure(program, args)
+        except does_not_fit:
+            return float("inf")
+
+    first, asked = program({})
+    best, found = took(first), {kernel: config for kernel, (_, config) in asked.items()}
+    with ThreadPoolExecutor(8) as pool:
+        for kernel in found:
+            seen = {found[kernel]}
+            while candidates := [config for config in alternatives(found[kernel]) if config not in seen]:
+                seen.update(candidates)
+                programs = list(pool.map(program, [found | {kernel: config} for config in candidates]))
+                times = {config: took(prepared) for config, (prepared, _) in zip(candidates, programs, strict=True)}
+                fastest = min(times, key=lambda config: times[config])
+                if times[fastest] > 0.98 * best:
+                    break
+                best, found[kernel] = times[fastest], fastest
     for kernel, config in found.items():
         _write(kernel, asked[kernel][0], config)
     return found
 
 
-def seconds(function: Callable, args: tuple, repeats: int = 10) -> float:
-    """Median time on the GPU of all kernels of a call, of which none is compilation or launch."""
+def kernel_seconds(program: jax.stages.Compiled, args: tuple, repeats: int = 10) -> list[list[tuple[str, float]]]:
+    """Names of the kernels of a program and their times on the GPU, by CUPTI, call by call.
+
+    Every call finds the L2 cache full of other data, which it need not write back.
+    """
     from jax.experimental.mosaic.gpu import profiler
 
-    _, milliseconds = profiler.measure(function, iterations=repeats)(*args)
-    assert milliseconds is not None
-    return statistics.median(milliseconds) / 1e3
+    cupti = profiler.mosaic_gpu_lib._mosaic_gpu_ext
+    other = jnp.zeros((EVICTING // 4,), jnp.int32)
+    evict = jax.jit(lambda x: x.max())
+
+    def record(calls: Callable[[], Any]) -> list[tuple[str, float]]:
+        cupti._cupti_init()
+        try:
+            calls()
+        finally:
+            timings = cupti._cupti_get_timings(True)
+        return timings
+
+    def run() -> None:
+        for _ in range(repeats):
+            evict(other).block_until_ready()
+            jax.block_until_ready(program(*args))
+
+    evict(other).block_until_ready()
+    jax.block_until_ready(program(*args))
+    evicting = len(record(lambda: evict(other).block_until_ready()))
+    timings = record(run)
+    each, rest = divmod(len(timings), repeats)
+    assert not rest, f"{len(timings)} kernels in {repeats} calls"
+    runs = [timings[i : i + each] for i in range(0, len(timings), each)]
+    return [[(name, milliseconds / 1e3) for name, milliseconds in run[evicting:]] for run in runs]
 
 
 def _write(kernel: str, key: str, config: Any) -> None:
@@ -145,17 +195,16 @@ def _write(kernel: str, key: str, config: Any) -> None:
     _tuned.cache_clear()
 
 
-def main(names: list[str]) -> None:
-    """Tunes the named operations, or all, at the shapes of every model."""
+def main(names: list[str], models: Iterable[str] = MODELS) -> None:
+    """Tunes the named operations, or all, at the shapes of some models."""
     from pallas_kernels.catalogue import CATALOGUE
-    from pallas_kernels.shape_specs import MODELS, random_arguments
 
     if reasons := hopper.why_not_hopper():
         sys.exit(f"error: {reasons[0]}")
     if unknown := set(names) - set(CATALOGUE):
         sys.exit(f"error: no operation {', '.join(sorted(unknown))}; accepted: {', '.join(CATALOGUE)}")
     for name in names or CATALOGUE:
-        for model in MODELS:
+        for model in models:
             for call in CATALOGUE[name].calls(model):
                 print(f"{name}, {call.name}: {tune(call.function, *random_arguments(call))}", flush=True)
 

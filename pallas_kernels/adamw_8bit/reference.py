@@ -68,9 +68,8 @@ def encode_m(m):
     """Codes and scales."""
     scales = jnp.maximum(jnp.max(jnp.abs(m), axis=1), SMALLEST)
     root = jnp.sqrt(jnp.abs(m) * over_rows(127**2 / scales, m.shape))
-    # A float32 around 1.5 x 2^23 is a whole number, whose lowest byte is an int8.
-    whole = jnp.where(m < 0.0, -root, root) + 1.5 * 2**23
-    return lax.bitcast_convert_type(whole, jnp.int32).astype(jnp.int8), scales
+    # Truncation rounds positive numbers down. (Of a float's bits, XLA 0.11.2 for GPUs makes other integers at times.)
+    return ((jnp.where(m < 0.0, -root, root) + 128.5).astype(jnp.int32) - 128).astype(jnp.int8), scales
 
 
 def decode_root_v(codes, scales):

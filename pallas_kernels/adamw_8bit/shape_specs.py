@@ -17,7 +17,14 @@ def _call(name: str, param: jax.ShapeDtypeStruct) -> Call:
     moments = jax.eval_shape(init_moments, param)
     least = nbytes(param) + 2 * nbytes(param, *moments)
     costs = {"adamw_8bit_step": Cost(0, least, least)}
-    return Call(name, _step, (param, param, *moments), costs)
+
+    def draw(key):
+        """As some steps leave the moments."""
+        keys = jax.random.split(key, 4)
+        p, g, earlier = (jax.random.normal(key, param.shape, param.dtype) for key in keys[:3])
+        return p, g, *adamw_8bit(p, earlier, init_moments(p), step=1, learning_rate=0.0, implementation="xla")[1]
+
+    return Call(name, _step, (param, param, *moments), costs, draw)
 
 
 def _step(param, grad, *moments):

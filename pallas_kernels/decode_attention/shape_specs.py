@@ -1,8 +1,9 @@
 """Calls of `decode_attention` in real models."""
 
+import jax
 import jax.numpy as jnp
 
-from pallas_kernels.decode_attention.api import decode_attention
+from pallas_kernels.decode_attention.api import decode_attention, quantize_cache
 from pallas_kernels.decode_attention.mosaic_gpu import heuristic
 from pallas_kernels.shape_specs import LENGTH, MODELS, Call, Cost, nbytes, shape
 
@@ -24,7 +25,16 @@ def calls(model: str) -> list[Call]:
             "decode_attention_forward": Cost(flops, nbytes(*args), nbytes(*args) + shares),
             "decode_attention_combine": Cost(0, nbytes(q) + shares, nbytes(q) + shares),
         }
-        return Call(f"{name}, {model}", _over_the_whole_cache, args, costs)
+
+        def draw(key):
+            q_key, *keys = jax.random.split(key, 3)
+            full = [jax.random.normal(key, cache.shape, q.dtype) for key in keys]
+            if dtype == jnp.int8:
+                (k, k_scales), (v, v_scales) = map(quantize_cache, full)
+                full = [k, v, k_scales, v_scales]
+            return jax.random.normal(q_key, q.shape, q.dtype), *full
+
+        return Call(f"{name}, {model}", _over_the_whole_cache, args, costs, draw)
 
     return [call("decoding", ROWS, jnp.bfloat16), call("decoding over int8", 2 * ROWS, jnp.int8)]
 

@@ -44,16 +44,20 @@ class Config:
 
     block: int = choice(64, 128)  # keys, or queries, of a streamed tile
     slots: int = choice(1, 2, 3, 4)  # of the ring
+    overlap: int = choice(0, 1)  # whether products run while exponentials are computed, which takes registers
 
 
-def heuristic_dq(head_dim: int) -> Config:
+def heuristic_dq(head_dim: int, soft_cap: float | None) -> Config:
     """What registers and shared memory hold beside the tiles that stay."""
-    return Config(block=128 if head_dim == 64 else 64, slots=1 if head_dim == 256 else 2)
+    if head_dim == 256:
+        return Config(block=64, slots=1, overlap=0)
+    return Config(block=128 if soft_cap is None or head_dim == 64 else 64, slots=2, overlap=int(soft_cap is None))
 
 
 def heuristic_dkv(head_dim: int, soft_cap: float | None) -> Config:
     """The same; the slope of a soft cap takes as many registers as the scores."""
-    return Config(block=128 if head_dim == 64 and soft_cap is None else 64, slots=2)
+    wide = head_dim == 64 and soft_cap is None
+    return Config(block=128 if wide else 64, slots=2, overlap=int(head_dim == 128 and soft_cap is None))
 
 
 def flash_attention_backward(q, k, v, out, lse, dout, dlse, seen: visibility.Visibility, causal, scale, soft_cap):
@@ -76,7 +80,7 @@ def _probabilities(products, lse, hide, scale, soft_cap):
 def _dq(q, k, v, dout, lse, delta, seen, causal, scale, soft_cap):
     B, S, N, H = q.shape
     K = k.shape[2]
-    config = config_for("flash_attention_backward_dq", heuristic_dq(H), **tuning_key(q, k, causal, soft_cap))
+    config = config_for("flash_attention_backward_dq", heuristic_dq(H, soft_cap), **tuning_key(q, k, causal, soft_cap))
     block, slots = config.block, config.slots
     rows = WARPGROUPS * ROWS
     query_tiles = pl.cdiv(S, rows)
@@ -128,10 +132,13 @@ def _dq(q, k, v, dout, lse, delta, seen, causal, scale, soft_cap):
                         return unless_all_seen(i, ranges, masked, z)
 
                     plgpu.barrier_wait(k_ring.full.at[slot])
-                    s = tiles.product(q_tile, k_tile.at[slot].transpose((1, 0)))
-                    p, slope = _probabilities(s, spread(lse), hide, scale, soft_cap)
                     plgpu.barrier_wait(v_ring.full.at[slot])
-                    dp = tiles.product(dout_tile, v_tile.at[slot].transpose((1, 0)))
+                    (p, slope), dp = tiles.two_products(
+                        (q_tile, k_tile.at[slot].transpose((1, 0))),
+                        (dout_tile, v_tile.at[slot].transpose((1, 0))),
+                        lambda s: _probabilities(s, spread(lse), hide, scale, soft_cap),
+                        overlap=config.overlap,
+                    )
                     plgpu.barrier_arrive(v_ring.empty.at[slot])
                     ds = p * (dp - spread(delta))
                     ds = ds if slope is None else ds * slope
@@ -241,22 +248,35 @@ def _dkv(q, k, v, dout, lse, delta, seen, causal, scale, soft_cap):
                     def hide(z):
                         return unless_all_seen(query, ranges, masked, z)
 
+                    def probabilities(s):
+                        lse = plgpu.load(lse_tile.at[slot], layout=along_queries)
+                        return _probabilities(s, spread(lse), hide, scale, soft_cap)
+
                     plgpu.barrier_wait(q_ring.full.at[slot])
-                    s = tiles.product(k_tile, q_tile.at[slot].transpose((1, 0)))
-                    lse = plgpu.load(lse_tile.at[slot], layout=along_queries)
-                    p, slope = _probabilities(s, spread(lse), hide, scale, soft_cap)
                     plgpu.barrier_wait(dout_ring.full.at[slot])
-                    if wants_dv:
-                        dv = tiles.accumulate(dv, p.astype(q.dtype), dout_tile.at[slot], staged)
-                    if wants_dk:
-                        dp = tiles.product(v_tile, dout_tile.at[slot].transpose((1, 0)))
-                        delta = plgpu.load(delta_tile.at[slot], layout=along_queries)
-                        ds = p * (dp - spread(delta))
-                        ds = ds if slope is None else ds * slope
+                    scores = k_tile, q_tile.at[slot].transpose((1, 0))
+                    to_weights = v_tile, dout_tile.at[slot].transpose((1, 0))
+
+                    def to_scores(dp):
+                        ds = p * (dp - spread(plgpu.load(delta_tile.at[slot], layout=along_queries)))
+                        return (ds if slope is None else ds * slope).astype(q.dtype)
+
+                    if config.overlap and wants_dk and wants_dv:
+                        (p, slope), dp = tiles.two_products(scores, to_weights, probabilities, overlap=True)
+                        for_dv, for_dk = (
+                            (p.astype(q.dtype), dout_tile.at[slot]),
+                            (lambda: to_scores(dp), q_tile.at[slot]),
+                        )
+                        dv, dk = tiles.accumulate_two((dv, dk), for_dv, for_dk, staged)
+                    else:
+                        p, slope = probabilities(tiles.product(*scores))
+                        if wants_dv:
+                            dv = tiles.accumulate(dv, p.astype(q.dtype), dout_tile.at[slot], staged)
+                        if wants_dk:
+                            ds = to_scores(tiles.product(*to_weights))
+                            dk = tiles.accumulate(dk, ds, q_tile.at[slot], staged)
                     plgpu.commit_smem()  # before the slot is filled again
                     plgpu.barrier_arrive(dout_ring.empty.at[slot])
-                    if wants_dk:
-                        dk = tiles.accumulate(dk, ds.astype(q.dtype), q_tile.at[slot], staged)
                     plgpu.barrier_arrive(q_ring.empty.at[slot])
                     return dk, dv
 

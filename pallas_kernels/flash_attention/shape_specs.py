@@ -1,19 +1,20 @@
 """Calls of `flash_attention` in real models."""
 
+import jax
 import jax.numpy as jnp
 
 from pallas_kernels.flash_attention import mosaic_gpu
 from pallas_kernels.flash_attention.api import flash_attention
 from pallas_kernels.shape_specs import BATCH, LENGTH, MODELS, Call, Cost, forward_and_backward, nbytes, shape
 
-LONG = 4096  # of one packed row
+ROWS, LONG = 4, 4096  # of packed rows
 
 
 def calls(model: str) -> list[Call]:
-    """Attention of a training step over padded sequences, and over one long packed row."""
+    """Attention of a training step over padded sequences, and over long packed rows."""
     return [
         _call(f"padded, {model}", model, BATCH, LENGTH),
-        _call(f"packed, {model}", model, 1, LONG),
+        _call(f"packed, {model}", model, ROWS, LONG),
     ]
 
 
@@ -38,7 +39,15 @@ def _call(name: str, model: str, batch: int, length: int) -> Call:
             4 * product, 2 * queries + 4 * keys + 2 * rows, (2 * queries + 2 * rows) * passes + 4 * keys
         ),
     }
-    return Call(name, forward_and_backward(_segmented, 0, 1, 2), (q, k, k, segments), costs)
+    args = (q, k, k, segments)
+
+    def draw(key):
+        """Full rows: what the costs count."""
+        keys = jax.random.split(key, 3)
+        tensors = (jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, args[:3], strict=True))
+        return *tensors, jnp.ones_like(segments)
+
+    return Call(name, forward_and_backward(_segmented, 0, 1, 2), args, costs, draw)
 
 
 def _segmented(q, k, v, segments):

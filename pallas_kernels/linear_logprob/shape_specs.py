@@ -1,5 +1,6 @@
 """Calls of `linear_logprob` in real models."""
 
+import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import cdiv
 
@@ -31,6 +32,16 @@ def calls(model: str) -> list[Call]:
         tiles = _tile_bytes(m, width, columns, heuristic(m, columns))
         return Cost(2 * m * width * v, least, slices * (tiles + 5 * nbytes(targets)) + gradient)
 
+    def draw_for(m):
+        def draw(key):
+            """Logits of unit variance, targets from all of the vocabulary."""
+            hidden_key, head_key, key = jax.random.split(key, 3)
+            hidden = jax.random.normal(hidden_key, (m, width), head.dtype)
+            rows = jax.random.normal(head_key, head.shape, head.dtype) * jnp.asarray(width**-0.5, head.dtype)
+            return hidden, rows, jax.random.randint(key, (m,), 0, v)
+
+        return draw
+
     trained, scored = BATCH * RESPONSE, BATCH * LENGTH
     return [
         Call(
@@ -38,8 +49,15 @@ def calls(model: str) -> list[Call]:
             forward_and_backward(linear_logprob, 0, 1),
             inputs(trained),
             {"linear_logprob_forward": forward(trained), "linear_logprob_backward": backward(trained)},
+            draw_for(trained),
         ),
-        Call(f"scoring, {model}", linear_logprob, inputs(scored), {"linear_logprob_forward": forward(scored)}),
+        Call(
+            f"scoring, {model}",
+            linear_logprob,
+            inputs(scored),
+            {"linear_logprob_forward": forward(scored)},
+            draw_for(scored),
+        ),
     ]
 
 

@@ -38,9 +38,15 @@ def _call(name: str, model: str, m: int, format: str, trained: bool = False) -> 
     def function(x: jax.Array, *leaves: jax.Array) -> jax.Array:
         return quantized_matmul(x, jax.tree.unflatten(structure, leaves))
 
+    def draw(key):
+        x_key, w_key = jax.random.split(key)
+        w = quantize(jax.random.normal(w_key, (n, k)), format)
+        return jax.random.normal(x_key, x.shape, x.dtype), *jax.tree.leaves(w)
+
     return Call(
         name,
         forward_and_backward(function, 0) if trained else function,
         (x, *weights),
         {"quantized_matmul_forward": Cost(2 * m * n * k, once, moved)},
+        draw,
     )

@@ -15,6 +15,6 @@ KERNEL = {
     "linear_logprob": {"bfloat16": 8e-3, "float16": 1e-3},
     "ppo_loss": {"float32": 1e-6},  # of sums
     "quantized_matmul": {"bfloat16": 6e-3, "float16": 1e-3},
-    "rms_norm": {"float32": 1e-6, "bfloat16": 6e-3, "float16": 1e-3},
+    "rms_norm": {"float32": 1e-6, "bfloat16": 8e-3, "float16": 1e-3},  # rounds three times: sum, unit, result
     "sampling": {"float32": 1e-6, "bfloat16": 1e-6},  # of tokens, which are equal then, and log-probabilities
 }

@@ -46,10 +46,12 @@ def test_kernel_agrees_with_the_reference(shape, format, dtype):
 @pytest.mark.parametrize(
     "config",
     [
-        Config(tile_m=8, warpgroups=1, groups=1, stages=2, splits=4),
-        Config(tile_m=8, warpgroups=2, groups=2, stages=2, splits=2),
-        Config(tile_m=16, warpgroups=4, groups=4, stages=3, splits=1),
-        Config(tile_m=128, warpgroups=2, groups=1, stages=3, splits=1),
+        Config(tile_m=8, warpgroups=1, slices=1, groups=1, stages=2, splits=4),
+        Config(tile_m=8, warpgroups=2, slices=1, groups=2, stages=2, splits=2),
+        Config(tile_m=8, warpgroups=1, slices=4, groups=2, stages=2, splits=1),
+        Config(tile_m=16, warpgroups=4, slices=1, groups=4, stages=3, splits=1),
+        Config(tile_m=16, warpgroups=2, slices=2, groups=1, stages=2, splits=2),
+        Config(tile_m=128, warpgroups=2, slices=1, groups=1, stages=3, splits=1),
     ],
 )
 def test_kernel_agrees_with_the_reference_however_the_work_is_cut(format, config):

@@ -27,49 +27,45 @@ def folder(tmp_path, monkeypatch):
     tuning._tuned.cache_clear()
 
 
-def kernel(x, seen):
+def kernel(x):
+    """The Config that it would run with."""
     config = config_for("kernel", Config(rows=2, stages=2), n=x.size, dtype=x.dtype)
-    seen.append(config)
     if config.rows * config.stages > 48:
         raise ValueError("does not fit")
-    return x
+    return config
+
+
+def prepare(function, args):
+    return function(*args)
 
 
 def test_the_tuner_finds_the_best_and_later_calls_use_it(folder):
-    seen = []
     x = jnp.zeros(8)
 
-    def measure(function, args):
-        function.trace(*args)
-        return abs(seen[-1].rows - 8) + 10 * abs(seen[-1].stages - 3) + 1.0
+    def measure(config, args):
+        return abs(config.rows - 8) + 10 * abs(config.stages - 3) + 1.0
 
-    assert tuning.tune(lambda x: kernel(x, seen), x, measure=measure) == {"kernel": Config(8, 3)}
+    assert tuning.tune(kernel, x, prepare=prepare, measure=measure) == {"kernel": Config(8, 3)}
     assert json.loads((folder / "kernel.json").read_text()) == {"dtype=float32, n=8": {"rows": 8, "stages": 3}}
-    kernel(x, seen)
-    assert seen[-1] == Config(8, 3)
-    kernel(jnp.zeros(9), seen)
-    assert seen[-1] == Config(2, 2)
+    assert kernel(x) == Config(8, 3)
+    assert kernel(jnp.zeros(9)) == Config(2, 2)
 
 
 def test_what_does_not_fit_is_passed_over(folder):
-    seen = []
+    def measure(config, args):
+        if config == Config(16, 2):
+            raise jax.errors.JaxRuntimeError("does not launch")
+        return 1.0 / (config.rows * config.stages)
 
-    def measure(function, args):
-        function.trace(*args)
-        return 1.0 / (seen[-1].rows * seen[-1].stages)
-
-    tuning.tune(lambda x: kernel(x, seen), jnp.zeros(8), measure=measure)
-    kernel(jnp.zeros(8), seen)
-    assert seen[-1] in (Config(16, 3), Config(8, 4))  # none of their alternatives is better and fits
+    tuning.tune(kernel, jnp.zeros(8), prepare=prepare, measure=measure)
+    assert kernel(jnp.zeros(8)) in (Config(16, 3), Config(8, 4))  # none of their alternatives is better and fits
 
 
 def test_a_trial_prescribes_and_tells_what_was_asked(folder):
-    seen = []
     with tuning.trial(kernel=Config(16, 2)) as asked:
-        kernel(jnp.zeros(8), seen)
-    assert seen == [Config(16, 2)] and asked == {"kernel": ("dtype=float32, n=8", Config(16, 2))}
-    kernel(jnp.zeros(8), seen)
-    assert seen[-1] == Config(2, 2)
+        assert kernel(jnp.zeros(8)) == Config(16, 2)
+    assert asked == {"kernel": ("dtype=float32, n=8", Config(16, 2))}
+    assert kernel(jnp.zeros(8)) == Config(2, 2)
 
 
 def test_alternatives_differ_in_one_field_by_one_step():
