@@ -141,6 +141,48 @@ def export(
 
 @app.command()
 @_report_errors
+def plan(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example rl.micro_batches=16.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="h100-80gb or h200; it need not be here.")] = "h100-80gb",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Compile a run for a device that need not be here: does it fit, and what does each program take?
+
+    Exit code 3: it does not fit; settings that would make it fit are tried and printed.
+    """
+    from rapidfire_jax.memory.devices import find_device
+    from rapidfire_jax.planning.fit import fit, remedies
+    from rapidfire_jax.planning.report import show, show_remedy
+
+    def tell(what: str) -> None:
+        print(f"compiling {what}", file=sys.stderr, flush=True)
+
+    run, target = load_config(config, overrides or []), find_device(device)
+    try:
+        found = fit(run, target, tell)
+    except NotImplementedError as error:
+        raise InputError(f"{error}; they come with: uv sync --group h100") from None
+    if not as_json:
+        show(found)
+    tried = []
+    if not found.fits:
+        for remedy in remedies(config, overrides or [], run, target, tell):
+            tried.append(remedy)
+            if not as_json:
+                show_remedy(remedy)
+    if as_json:
+        settings = [{"overrides": r.overrides, "peak_bytes": r.peak, "fits": r.fits} for r in tried]
+        print(json.dumps(found.record() | {"tried": settings}))
+    if not found.fits:
+        raise typer.Exit(3)
+
+
+@app.command()
+@_report_errors
 def doctor(
     model: Annotated[str, typer.Option(help="Size whose calls are tried: 135m, 1b, 8b or 70b.")] = "8b",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,

@@ -19,6 +19,7 @@ RANKS = {
     "rewards": 4,
     "training": 5,
     "doctor": 6,
+    "planning": 6,
     "cli": 7,
 }
 

@@ -73,7 +73,7 @@ def stored_tensors(family: Family, paths: Mapping[str, object], num_layers: int)
 
 def stored_shapes(kind: type[Decoder], family: Family, config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Name of every stored tensor of a model -> its shape."""
-    ours = _shapes(kind, config, AS_STORED)
+    ours = shapes_of(kind, config, AS_STORED)
     expected = stored_tensors(family, ours, config.num_layers)
     return {name: _stored_shape(family, stored, ours) for name, stored in expected.items()}
 
@@ -129,7 +129,7 @@ def load[M: Decoder](
     Raises:
       InputError: missing, unexpected and mis-shaped tensors, all in one message.
     """
-    ours = _shapes(kind, config, precision)
+    ours = shapes_of(kind, config, precision)
     expected = stored_tensors(family, ours, config.num_layers)
     held = _find(checkpoint, family, config, expected, ours)
     check_format(quantize, str(checkpoint.where), ours)
@@ -238,7 +238,8 @@ def _structure(
     return graphdef, list(nnx.to_flat_state(state))
 
 
-def _shapes(kind: type[Decoder], config: DecoderConfig, precision: Precision) -> dict[str, tuple[int, ...]]:
+def shapes_of(kind: type[Decoder], config: DecoderConfig, precision: Precision) -> dict[str, tuple[int, ...]]:
+    """Dotted path -> shape of every parameter of a plain model."""
     return {_dotted(path): leaf.get_value().shape for path, leaf in _structure(kind, config, precision)[1]}
 
 

@@ -22,7 +22,12 @@ PLAIN = "prompt_plain"
 SMALLEST_BUCKET = 8
 
 
-_score = Program("reward", lambda model, tokens, mask: model(tokens, mask))
+SCORE = Program("reward", lambda model, tokens, mask: model(tokens, mask))
+
+
+def widest(tokens: int, max_length: int) -> int:
+    """Width of a batch whose longest text has so many tokens: the next power of two, at most `max_length`."""
+    return min(max(1 << (tokens - 1).bit_length(), SMALLEST_BUCKET), max_length)
 
 
 @dataclass
@@ -92,7 +97,7 @@ class NeuralReward:
         order = np.argsort([len(ids) for ids in rows], kind="stable")
         size = self.config.batch_size
         batches = [order[start : start + size] for start in range(0, len(rows), size)]
-        running = [_score(self.model, *self._pad([rows[i] for i in batch])) for batch in batches]
+        running = [SCORE(self.model, *self._pad([rows[i] for i in batch])) for batch in batches]
         scores = np.zeros(len(rows), np.float32)
         for batch, values in zip(batches, running, strict=True):
             scores[batch] = np.asarray(values)[: len(batch)]
@@ -174,8 +179,7 @@ class NeuralReward:
 
     def _pad(self, rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
         """Ids int32 and mask bool [batch_size, width]; rows that only fill the batch have one real token."""
-        longest = max(map(len, rows))
-        width = min(max(1 << (longest - 1).bit_length(), SMALLEST_BUCKET), self.max_length)
+        width = widest(max(map(len, rows)), self.max_length)
         ids = np.zeros((self.config.batch_size, width), np.int32)
         mask = np.zeros(ids.shape, bool)
         mask[:, 0] = True

@@ -65,43 +65,51 @@ def load_trainee(config: RunConfig) -> Trainee:
     """Loads and prepares what `config` trains. Where it computes in float16, the loss is scaled.
 
     Raises:
-      InputError: a model or tokenizer that cannot be loaded, or that do not belong together; a rounding of weights
-        that are not there.
+      InputError: a model or tokenizer that cannot be loaded, or that do not belong together; see `prepare`.
     """
     config = with_dtypes(config, hardware_dtype())
-    algorithm = tasks()[config.task]
+    algorithm, name = tasks()[config.task], config.model.name
     weights = config.model.model_dump()
-    tokenizer = load_tokenizer(config.model.name)
-    lora = config.adapter.model_dump(exclude={"type"}) if config.adapter.type == "lora" else None
-    remat = preset(config.memory)
-    model_key = run_keys(config.seed)[0]
-    model: CausalLM | RewardModel
-    half: Policy | Scorer
+    tokenizer = load_tokenizer(name)
+    critic: RewardModel | None = None
     if not algorithm.online and algorithm.model == "reward_model":
         model = load_model(**weights)
         if isinstance(model, CausalLM):
-            model = RewardModel.from_causal(model, jax.random.fold_in(model_key, 1))
-        check_vocabulary(config.model.name, model.config.vocab_size, tokenizer)
-        context = model.config.max_positions
-        half, frozen, trainable = make_scorer(model, model_key, lora=lora, remat=remat)
+            model = RewardModel.from_causal(model, jax.random.fold_in(run_keys(config.seed)[0], 1))
+    else:
+        model = load_language_model(**weights)
+    check_vocabulary(name, model.config.vocab_size, tokenizer)
+    if isinstance(config, OnlineRunConfig) and algorithm.has_critic and config.critic.name is not None:
+        critic_weights = config.critic.model_dump(exclude={"optimizer"})
+        critic = FlaxAutoModelForSequenceClassification.from_pretrained(**critic_weights)
+        check_vocabulary(config.critic.name, critic.config.vocab_size, tokenizer)
+    context = model.config.max_positions
+    half, optimizer, state = prepare(config, model, critic)
+    return Trainee(config, half, tokenizer, optimizer, state, context)
+
+
+def prepare(
+    config: RunConfig, model: CausalLM | RewardModel, critic: RewardModel | None
+) -> tuple[Policy | Scorer, optax.GradientTransformation, TrainState]:
+    """What `config` trains, from the models it starts from: its static half, optimiser and first state.
+
+    Under `jax.eval_shape` it tells the shapes of the state without any weights.
+
+    Raises:
+      InputError: a rounding of weights that are not there.
+    """
+    lora = config.adapter.model_dump(exclude={"type"}) if config.adapter.type == "lora" else None
+    key, remat = run_keys(config.seed)[0], preset(config.memory)
+    half: Policy | Scorer
+    if isinstance(model, RewardModel):
+        half, frozen, trainable = make_scorer(model, key, lora=lora, remat=remat)
         _check_rounding(config.optimizer, trainable)
         optimizer = _optimizer(config.optimizer)
-        state = init_state(frozen, trainable, optimizer, _loss_scale(model))
-        return Trainee(config, half, tokenizer, optimizer, state, context)
+        return half, optimizer, init_state(frozen, trainable, optimizer, _loss_scale(model))
 
-    model = load_language_model(**weights)
-    check_vocabulary(config.model.name, model.config.vocab_size, tokenizer)
-    context = model.config.max_positions
-    critic, has_critic, critic_optimizer = None, False, None
-    if isinstance(config, OnlineRunConfig) and algorithm.has_critic:
-        has_critic, critic_optimizer = True, config.critic.optimizer
-        if config.critic.name is not None:
-            critic_weights = config.critic.model_dump(exclude={"optimizer"})
-            critic = FlaxAutoModelForSequenceClassification.from_pretrained(**critic_weights)
-            check_vocabulary(config.critic.name, critic.config.vocab_size, tokenizer)
-    half, frozen, trainable = make_policy(
-        model, model_key, lora=lora, critic=critic, value_head=has_critic, remat=remat
-    )
+    has_critic = isinstance(config, OnlineRunConfig) and tasks()[config.task].has_critic
+    critic_optimizer = config.critic.optimizer if isinstance(config, OnlineRunConfig) and has_critic else None
+    half, frozen, trainable = make_policy(model, key, lora=lora, critic=critic, value_head=has_critic, remat=remat)
     if critic_optimizer is None:
         _check_rounding(config.optimizer, trainable)
         optimizer = _optimizer(config.optimizer, half.is_critic if has_critic else None)
@@ -111,8 +119,7 @@ def load_trainee(config: RunConfig) -> Trainee:
             pairs = zip(jax.tree.leaves(trainable), jax.tree.leaves(of_critic), strict=True)
             _check_rounding(own, [x for x, of in pairs if of == wanted])
         optimizer = separate_optimizers(_optimizer(config.optimizer), _optimizer(critic_optimizer), half.is_critic)
-    state = init_state(frozen, trainable, optimizer, _loss_scale(model, critic))
-    return Trainee(config, half, tokenizer, optimizer, state, context)
+    return half, optimizer, init_state(frozen, trainable, optimizer, _loss_scale(model, critic))
 
 
 def _loss_scale(*models: CausalLM | RewardModel | None) -> LossScale | None:

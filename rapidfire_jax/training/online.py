@@ -18,6 +18,7 @@ import optax
 from rapidfire_jax.algorithms import online, tasks
 from rapidfire_jax.algorithms.advantages import informative_groups
 from rapidfire_jax.algorithms.online import OnlineAlgorithm, Rollouts
+from rapidfire_jax.algorithms.train_state import TrainState
 from rapidfire_jax.config import OnlineRunConfig, RolloutConfig
 from rapidfire_jax.data.prompts import PromptSet, load_prompts, pad_batch, prompt_buckets
 from rapidfire_jax.models.policy import Policy
@@ -85,6 +86,64 @@ def compile_programs(
     return Programs(Program("rollout", rollout), Program("reference", reference), Program("learn", learn, donate=(0,)))
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Recipe:
+    """What makes programs and their arguments of a configuration, without weights or data."""
+
+    config: OnlineRunConfig
+    sampling: SamplingConfig
+    static: Any  # of the algorithm
+    optimizer: optax.GradientTransformation
+
+    @functools.cache  # noqa: B019  as long as the job
+    def programs(self, policy: Policy) -> Programs:
+        """The programs of a policy."""
+        algorithm = tasks()[self.config.task]
+        return compile_programs(algorithm, policy, self.sampling, self.optimizer, self.static, self.config.rollout)
+
+    def hparams(self, iteration: int) -> Any:
+        """The numbers of an iteration, as float32 arrays so that none of them is a constant of the program."""
+        config = self.config
+        own = config.critic.optimizer
+        return numbers_of(
+            config,
+            learning_rate=learning_rate(config.optimizer, iteration, config.training.iterations),
+            critic_learning_rate=None if own is None else learning_rate(own, iteration, config.training.iterations),
+            temperature=config.rollout.temperature,
+        )
+
+    def largest(self, policy: Policy, state: TrainState) -> dict[str, tuple[Any, ...]]:
+        """Arguments of each program, in part as shapes alone, with the longest prompts."""
+        rows, length = self.config.rollout.batch_size, prompt_buckets(self.config.data.max_prompt_length)[-1]
+        prompts, mask = (jax.ShapeDtypeStruct((rows, length), dtype) for dtype in (jnp.int32, bool))
+        hparams, key = self.hparams(0), jax.random.key(0)
+        rollout = state.frozen, state.trainable, prompts, mask, key, hparams.temperature
+        rollouts = jax.eval_shape(self.programs(policy).rollout.function, *rollout)
+        scored = dataclasses.replace(rollouts, score=jax.ShapeDtypeStruct((rows,), jnp.float32))
+        return {
+            "rollout": rollout,
+            "reference": (state.frozen, rollouts, hparams.temperature),
+            "learn": (state, scored, hparams, key),
+        }
+
+
+def recipe_of(
+    config: OnlineRunConfig, eos_ids: tuple[int, ...], eos_id: int | None, optimizer: optax.GradientTransformation
+) -> Recipe:
+    """The recipe of a configuration; `eos_ids` end a response, `eos_id` is the tokenizer's."""
+    rollout = config.rollout
+    sampling = SamplingConfig(
+        max_new_tokens=rollout.max_new_tokens,
+        eos_ids=eos_ids,
+        top_k=rollout.top_k,
+        top_p=rollout.top_p,
+        min_p=rollout.min_p,
+        int8_cache=rollout.cache == "int8",
+    )
+    static = static_of(config, recompute=rollout.log_probs == "recompute", eos_id=eos_id)
+    return Recipe(config, sampling, static, optimizer)
+
+
 @dataclasses.dataclass
 class _Batch:
     """Scored rollouts of one iteration, and what they cost."""
@@ -124,47 +183,23 @@ class OnlineJob:
         self._try_rewards(self.held_out)
 
         _, self.train_key, self.eval_key = run_keys(config.seed)
-        self.static = static_of(
-            config,
-            recompute=config.rollout.log_probs == "recompute",
-            eos_id=self.tokenizer.eos_token_id,
+        self.recipe = recipe_of(
+            config, stop_ids(config.model.name, self.tokenizer), self.tokenizer.eos_token_id, trainee.optimizer
         )
+        self.static = self.recipe.static
         self.group_size = getattr(self.static, "group_size", 1)
         self.dynamic = getattr(self.static, "dynamic_sampling", False)
         buckets = prompt_buckets(config.data.max_prompt_length)
         self.buckets = buckets[-1:] if self.dynamic else buckets  # rollouts of several rounds are put together
         self.taken = 0  # batches of prompts
-        sampling = SamplingConfig(
-            max_new_tokens=config.rollout.max_new_tokens,
-            eos_ids=stop_ids(config.model.name, self.tokenizer),
-            top_k=config.rollout.top_k,
-            top_p=config.rollout.top_p,
-            min_p=config.rollout.min_p,
-            int8_cache=config.rollout.cache == "int8",
-        )
         assert isinstance(trainee.model, Policy)
-
-        @functools.cache
-        def programs(policy: Policy) -> Programs:
-            return compile_programs(self.algorithm, policy, sampling, trainee.optimizer, self.static, config.rollout)
-
         self.policy, self.fitted = trainee.model, None
         if config.memory.remat == "auto":
-            args = self._largest(programs(self.policy))
-            self.policy, self.fitted = fit_plan(self.policy, lambda policy: programs(policy).learn, args, config.memory)
-        self.programs = programs(self.policy)
-
-    def _largest(self, programs: Programs) -> tuple[Any, ...]:
-        """Arguments of the learning program, with the longest prompts."""
-        rows, hparams = self.config.rollout.batch_size, self.hparams(0)
-        prompts = jax.ShapeDtypeStruct((rows, self.buckets[-1]), jnp.int32)
-        mask = jax.ShapeDtypeStruct(prompts.shape, bool)
-        weights = self.state.frozen, self.state.trainable
-        rollouts = jax.eval_shape(
-            programs.rollout.function, *weights, prompts, mask, self.train_key, hparams.temperature
-        )
-        rollouts = dataclasses.replace(rollouts, score=jax.ShapeDtypeStruct((rows,), jnp.float32))
-        return self.state, rollouts, hparams, self.train_key
+            args = self.recipe.largest(self.policy, self.state)["learn"]
+            self.policy, self.fitted = fit_plan(
+                self.policy, lambda policy: self.recipe.programs(policy).learn, args, config.memory
+            )
+        self.programs = self.recipe.programs(self.policy)
 
     def _try_rewards(self, prompts: PromptSet) -> None:
         """Calls the rewards once on two prompts, so that a broken one is known before any time is spent."""
@@ -172,17 +207,6 @@ class OnlineJob:
         for reward in (self.reward, self.judge):
             if reward is not None:
                 reward(list(two.texts), list(two.texts), two.columns, two.tokens)
-
-    def hparams(self, iteration: int) -> Any:
-        """The numbers of an iteration, as float32 arrays so that none of them is a constant of the program."""
-        config = self.config
-        own = config.critic.optimizer
-        return numbers_of(
-            config,
-            learning_rate=learning_rate(config.optimizer, iteration, self.iterations),
-            critic_learning_rate=None if own is None else learning_rate(own, iteration, self.iterations),
-            temperature=config.rollout.temperature,
-        )
 
     def progress(self) -> dict[str, Any]:
         """How many batches of prompts have been taken."""
@@ -194,7 +218,7 @@ class OnlineJob:
 
     def iterate(self, iteration: int) -> dict[str, float]:
         """One iteration (counted from 0): rollout, reward, learning. Replaces `state`; returns the metrics."""
-        hparams = self.hparams(iteration)
+        hparams = self.recipe.hparams(iteration)
         sample_key, learn_key = jax.random.split(jax.random.fold_in(self.train_key, iteration))
         batch = self._sample_until_informative(sample_key, hparams.temperature)
         began = time.perf_counter()
@@ -256,7 +280,7 @@ class OnlineJob:
 
     def evaluate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Metrics and samples on the held-out prompts, with the same random key every time."""
-        state, temperature = self.state, self.hparams(0).temperature
+        state, temperature = self.state, self.recipe.hparams(0).temperature
 
         def sample(ids, mask, key):
             return self.programs.rollout(state.frozen, state.trainable, ids, mask, key, temperature)

@@ -99,7 +99,12 @@ def _groups(costs: LayerCosts, choice: Choice) -> list[dict[str, Any]]:
 
 
 def fit_plan[M: Policy | Scorer](
-    model: M, program: Callable[[M], Any], args: tuple[Any, ...], memory: MemoryConfig, device: Device | None = None
+    model: M,
+    program: Callable[[M], Any],
+    args: tuple[Any, ...],
+    memory: MemoryConfig,
+    device: Device | None = None,
+    compile: Callable[[Any, tuple[Any, ...]], jax.stages.Compiled] | None = None,
 ) -> tuple[M, Fitted]:
     """The model with the plan that loses least time within the budget for temporaries of its learning program.
 
@@ -112,13 +117,15 @@ def fit_plan[M: Policy | Scorer](
       args: of that program, arrays or shapes; the largest that will occur.
       memory: budget.
       device: where it runs; by default the present one.
+      compile: a program for its arguments; by default for the present device.
 
     Raises:
       InputError: no budget was given and the device does not tell, or not even everything computed again fits.
     """
     device = present_device() if device is None else device
+    compile = compile or (lambda program, args: program.lower(*args).compile())
     full = _with(model, [FULL] * len(_plans(model)))
-    analysis = program(full).lower(*args).compile().memory_analysis()
+    analysis = _analysis(compile(program(full), args))
     others = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     if memory.budget_gb is not None:
         budget, what = int(memory.budget_gb * GIB), f"memory.budget_gb={memory.budget_gb:g}"
@@ -137,11 +144,15 @@ def fit_plan[M: Policy | Scorer](
     while True:
         choices = choose(costs, room, mixes=not model.full)
         fitted = _with(model, [choice.remat for choice in choices])
-        measured = program(fitted).lower(*args).compile().memory_analysis().temp_size_in_bytes
+        measured = _analysis(compile(program(fitted), args)).temp_size_in_bytes
         kept = sum(choice.nbytes for choice in choices)
         if measured <= budget or kept == 0:
             return fitted, Fitted(budget, needed, measured, costs, choices)
         room = max(kept - (measured - budget), 0)
+
+
+def _analysis(compiled: jax.stages.Compiled) -> Any:
+    return compiled.memory_analysis()
 
 
 def _plans(model: Policy | Scorer) -> list[Remat | None]:

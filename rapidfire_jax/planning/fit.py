@@ -1,0 +1,176 @@
+"""Compiles the programs of a run for a device that is not there, and says what they need."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+
+from pallas_kernels import hopper
+from rapidfire_jax.config import OnlineRunConfig, load_config
+from rapidfire_jax.errors import InputError
+from rapidfire_jax.memory.devices import Device
+from rapidfire_jax.planning.abstract import AbstractRun, abstract_run
+from rapidfire_jax.planning.costs import flops, largest_buffers, moved
+from rapidfire_jax.programs import Need, Program, need_of
+from rapidfire_jax.training.remat import Fitted, fit_plan
+
+LARGEST = 5  # buffers of a program that are listed
+HOPPER = ("h100-80gb", "h200")  # devices that programs are compiled for
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgramFit:
+    """One program: memory, work, and the least time that the work can take."""
+
+    name: str
+    need: Need
+    flops: float
+    bytes_accessed: float
+    seconds: float
+    largest: list[tuple[int, str]]  # bytes and origin of the largest buffers
+
+    def record(self) -> dict[str, Any]:
+        """As JSON values."""
+        need = self.need
+        return {
+            "peak_bytes": need.peak,
+            "argument_bytes": need.arguments,
+            "temp_bytes": need.temporaries,
+            "output_bytes": need.outputs,
+            "donated_bytes": need.aliased,
+            "resident_bytes": need.resident,
+            "flops": self.flops,
+            "bytes_accessed": self.bytes_accessed,
+            "floor_seconds": self.seconds,
+            "largest_buffers": [{"bytes": nbytes, "what": what} for nbytes, what in self.largest],
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """A run on a device."""
+
+    device: Device
+    programs: list[ProgramFit]
+    remat: Fitted | None  # what `memory.remat: auto` chose
+
+    @property
+    def peak(self) -> int:
+        """Most bytes that any program has the device hold."""
+        return max(program.need.peak for program in self.programs)
+
+    @property
+    def fits(self) -> bool:
+        """Whether that is there."""
+        return self.peak <= self.device.memory
+
+    def record(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "fits": self.fits,
+            "peak_bytes": self.peak,
+            "device": self.device.name,
+            "device_bytes": self.device.memory,
+            "remat": None if self.remat is None else self.remat.record(),
+            "programs": {program.name: program.record() for program in self.programs},
+        }
+
+
+def fit(config: OnlineRunConfig, device: Device, tell: Callable[[str], None] = lambda name: None) -> Fit:
+    """What a run takes on a device; `tell` hears the name of each program before it is compiled.
+
+    Raises:
+      InputError: see `abstract_run`; or a device that programs cannot be compiled for.
+      NotImplementedError: the compiler is not installed; says what is missing.
+    """
+    if device.name not in HOPPER:
+        raise InputError(f"device {device.name}: programs can be compiled for {', '.join(HOPPER)}")
+    run, chosen = abstract_run(config, "bfloat16"), None
+    if config.memory.remat == "auto":
+        tell("remat plan")
+        run, chosen = _with_plan(run, device)
+    programs = []
+    for name, (program, args) in run.calls().items():
+        tell(name)
+        programs.append(_program_fit(run, name, program, args, device))
+    return Fit(device, programs, chosen)
+
+
+def _with_plan(run: AbstractRun, device: Device) -> tuple[AbstractRun, Fitted]:
+    args = run.recipe.largest(run.policy, run.state)["learn"]
+    left = dataclasses.replace(device, memory=device.memory - sum(map(_bytes, run.rewards)))
+    with jax.sharding.use_abstract_mesh(hopper.abstract_mesh()):
+        policy, chosen = fit_plan(
+            run.policy,
+            lambda policy: run.recipe.programs(policy).learn,
+            args,
+            run.recipe.config.memory,
+            left,
+            compile=lambda program, args: hopper.compile_for_h100(program, *args),
+        )
+    return dataclasses.replace(run, policy=policy), chosen
+
+
+def _program_fit(run: AbstractRun, name: str, program: Program, args: Any, device: Device) -> ProgramFit:
+    compiled = hopper.compile_for_h100(program, *args)
+    own = {id(x) for x in jax.tree.leaves(args)}
+    resident = sum(_bytes(x) for x in jax.tree.leaves((run.state, run.rewards)) if id(x) not in own)
+    steps = run.recipe.sampling.max_new_tokens
+    work = flops(jax.make_jaxpr(program.function)(*args).jaxpr, steps)
+    with jax.sharding.use_abstract_mesh(hopper.abstract_mesh()):
+        nbytes = moved(jax.jit(program.function).trace(*args).jaxpr.jaxpr, steps)
+    seconds = device.seconds(work, nbytes, "bfloat16")
+    text = compiled.as_text() or ""
+    return ProgramFit(name, need_of(compiled, resident), work, nbytes, seconds, largest_buffers(text, LARGEST))
+
+
+def _bytes(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+@dataclasses.dataclass(frozen=True)
+class Remedy:
+    """Settings that were tried, and what the run takes with them."""
+
+    overrides: tuple[str, ...]
+    peak: int
+    fits: bool
+
+
+def remedies(
+    path: Any, overrides: list[str], config: OnlineRunConfig, device: Device, tell: Callable[[str], None]
+) -> Iterator[Remedy]:
+    """Tries settings that save memory: one after the other, each on top of those before, until the run fits."""
+    taken: tuple[str, ...] = ()
+    for override in _savings(config):
+        taken = (*taken, *override.split())
+        found = fit(load_config(path, [*overrides, *taken]), device, partial(_tell, tell, override))
+        yield Remedy(taken, found.peak, found.fits)
+        if found.fits:
+            return
+
+
+def _tell(tell: Callable[[str], None], override: str, name: str) -> None:
+    tell(f"{override}: {name}")
+
+
+def _savings(config: OnlineRunConfig) -> list[str]:
+    """Settings that save memory, those that cost least first."""
+    found = []
+    if config.rollout.cache is None:
+        found.append("rollout.cache=int8")
+    if config.memory.remat in ("none", "dots"):
+        found.append("memory.remat=full")
+    rows = config.rollout.batch_size // config.settings.minibatches
+    if config.settings.micro_batches < rows:
+        found.append(f"rl.micro_batches={rows}")
+    if config.adapter.type == "none":
+        found.append("adapter.type=lora")
+    if config.model.quantize is None:
+        found.append("model.quantize=nf4")
+    if config.rollout.batch_size >= 2 * config.settings.minibatches:
+        half = config.rollout.batch_size // 2
+        found.append(f"rollout.batch_size={half} rl.micro_batches={max(half // config.settings.minibatches, 1)}")
+    return found
