@@ -36,7 +36,7 @@ from rapidfire_jax.training.models import load_trainee
 from rapidfire_jax.training.remat import activations, fit_plan
 
 PRESETS = {"none": None, "full": FULL, "dots": DOTS}
-BUDGETS = (0.2, 0.4, 0.7)
+BUDGETS = (0.1, 0.25, 0.7)
 ROWS, PROMPT_TOKENS, NEW_TOKENS = 16, 8, 16
 
 
@@ -162,7 +162,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.h100:
         return report("remat_h100", h100())
-    report("remat", compare(2 if args.quick else 7))
+    report("remat", compare(2 if args.quick else 5))
 
 
 if __name__ == "__main__":

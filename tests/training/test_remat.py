@@ -70,12 +70,10 @@ def test_policy_and_critic_share_a_budget(online, assets, tmp_path):  # noqa: F8
     job = OnlineJob(load_config(online("ppo", adapter=ALL, memory=AUTO, critic={"name": str(tmp_path / "critic")})))
     assert [costs.layers for costs in job.fitted.costs] == [3, 2]
     assert list(job.policy.remat) == [choice.remat for choice in job.fitted.choices]
-    assert np.isfinite(job.iterate(0)["loss/total"])
+    assert job.fitted.full < job.fitted.measured <= GIB
 
 
-@pytest.mark.parametrize(
-    ("task", "file"), [("sft", "completions"), ("dpo", "preferences"), ("reward_model", "labelled")]
-)
+@pytest.mark.parametrize(("task", "file"), [("dpo", "preferences"), ("reward_model", "labelled")])
 def test_offline(offline, task, file):  # noqa: F811
     job = OfflineJob(load_config(offline(task, file, adapter=ALL, memory=AUTO)))
     assert job.fitted.full < job.fitted.measured <= GIB
