@@ -146,11 +146,13 @@ def plan(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example rl.micro_batches=16.")
     ] = None,
-    device: Annotated[str, typer.Option(help="h100-80gb or h200; it need not be here.")] = "h100-80gb",
+    device: Annotated[
+        str, typer.Option(help="a100-40gb, a100-80gb, h100-80gb, h200, b200, l40s, rtx4090 or cpu.")
+    ] = "h100-80gb",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Compile a run for a device that need not be here: does it fit, and what does each program take?
+    """Say whether a run fits on a device that need not be here, and what each of its programs takes there.
 
     Exit code 3: it does not fit; settings that would make it fit are tried and printed.
     """
@@ -162,10 +164,7 @@ def plan(
         print(f"compiling {what}", file=sys.stderr, flush=True)
 
     run, target = load_config(config, overrides or []), find_device(device)
-    try:
-        found = fit(run, target, tell)
-    except NotImplementedError as error:
-        raise InputError(f"{error}; they come with: uv sync --group h100") from None
+    found = fit(run, target, tell)
     if not as_json:
         show(found)
     tried = []

@@ -31,6 +31,16 @@ class Device:
     host_bandwidth: float | None  # bytes a second to the host's memory, one way; None: it is the host
     cores: int  # multiprocessors
 
+    @property
+    def platform(self) -> str:
+        """As jax says it."""
+        return "cpu" if self.host_bandwidth is None else "gpu"
+
+    @property
+    def dtype(self) -> str:
+        """In which it multiplies best; see `rapidfire_jax.models.precision.hardware_dtype`."""
+        return "float32" if self.platform == "cpu" else "bfloat16"
+
     def rate(self, dtype: DTypeLike) -> float:
         """FLOP a second of products of this dtype."""
         return self.bf16_rate if jnp.dtype(dtype).itemsize <= 2 else self.float32_rate

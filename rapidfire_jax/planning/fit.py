@@ -1,18 +1,20 @@
-"""Compiles the programs of a run for a device that is not there, and says what they need."""
+"""What the programs of a run need on a device that is not there, by compiling them for it where that can be done."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+from jax.extend.core import ClosedJaxpr
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from pallas_kernels import hopper
 from rapidfire_jax.config import OnlineRunConfig, load_config
-from rapidfire_jax.errors import InputError
 from rapidfire_jax.memory.devices import Device
-from rapidfire_jax.planning.abstract import AbstractRun, abstract_run
+from rapidfire_jax.planning.abstract import abstract_run
 from rapidfire_jax.planning.costs import flops, largest_buffers, moved
+from rapidfire_jax.planning.estimate import estimate
 from rapidfire_jax.programs import Need, Program, need_of
 from rapidfire_jax.training.remat import Fitted, fit_plan
 
@@ -55,6 +57,7 @@ class Fit:
     device: Device
     programs: list[ProgramFit]
     remat: Fitted | None  # what `memory.remat: auto` chose
+    estimated: list[str]  # why it was not compiled; empty if it was
 
     @property
     def peak(self) -> int:
@@ -73,57 +76,78 @@ class Fit:
             "peak_bytes": self.peak,
             "device": self.device.name,
             "device_bytes": self.device.memory,
+            "estimated": self.estimated,
             "remat": None if self.remat is None else self.remat.record(),
             "programs": {program.name: program.record() for program in self.programs},
         }
 
 
+def why_estimated(device: Device) -> list[str]:
+    """Why programs cannot be compiled for a device here; empty if they can."""
+    if device.name not in HOPPER:
+        return [f"programs can be compiled for {' and '.join(HOPPER)}"]
+    return hopper.toolchain()
+
+
 def fit(config: OnlineRunConfig, device: Device, tell: Callable[[str], None] = lambda name: None) -> Fit:
-    """What a run takes on a device; `tell` hears the name of each program before it is compiled.
+    """What a run takes on a device, compiled or, for `why_estimated`, estimated from what was traced.
+
+    Args:
+      config: of the run.
+      device: need not be here.
+      tell: hears the name of each program before it is compiled.
 
     Raises:
-      InputError: see `abstract_run`; or a device that programs cannot be compiled for.
-      NotImplementedError: the compiler is not installed; says what is missing.
+      InputError: see `abstract_run`.
     """
-    if device.name not in HOPPER:
-        raise InputError(f"device {device.name}: programs can be compiled for {', '.join(HOPPER)}")
-    run, chosen = abstract_run(config, "bfloat16"), None
+    run, chosen, reasons = abstract_run(config, device.dtype), None, why_estimated(device)
+    need = partial(_estimated if reasons else _compiled, device)
     if config.memory.remat == "auto":
         tell("remat plan")
-        run, chosen = _with_plan(run, device)
+        args = run.recipe.largest(run.policy, run.state)["learn"]
+        left = dataclasses.replace(device, memory=device.memory - _bytes(run.rewards))
+        learn = lambda policy: run.recipe.programs(policy).learn  # noqa: E731
+        with jax.sharding.use_abstract_mesh(_mesh(device)):
+            policy, chosen = fit_plan(run.policy, learn, args, config.memory, left, lambda *call: need(*call).need)
+        run = dataclasses.replace(run, policy=policy)
     programs = []
     for name, (program, args) in run.calls().items():
         tell(name)
-        programs.append(_program_fit(run, name, program, args, device))
-    return Fit(device, programs, chosen)
+        own = {id(x) for x in jax.tree.leaves(args)}
+        resident = sum(_bytes(x) for x in jax.tree.leaves((run.state, run.rewards)) if id(x) not in own)
+        found, steps = need(program, args), run.recipe.sampling.max_new_tokens
+        work = flops(jax.make_jaxpr(program.function)(*args).jaxpr, steps)
+        nbytes = moved(_traced(device, program, args).jaxpr, steps)
+        seconds = device.seconds(work, nbytes, device.dtype)
+        complete = dataclasses.replace(found.need, resident=resident)
+        programs.append(ProgramFit(name, complete, work, nbytes, seconds, found.largest))
+    return Fit(device, programs, chosen, reasons)
 
 
-def _with_plan(run: AbstractRun, device: Device) -> tuple[AbstractRun, Fitted]:
-    args = run.recipe.largest(run.policy, run.state)["learn"]
-    left = dataclasses.replace(device, memory=device.memory - sum(map(_bytes, run.rewards)))
-    with jax.sharding.use_abstract_mesh(hopper.abstract_mesh()):
-        policy, chosen = fit_plan(
-            run.policy,
-            lambda policy: run.recipe.programs(policy).learn,
-            args,
-            run.recipe.config.memory,
-            left,
-            compile=lambda program, args: hopper.compile_for_h100(program, *args),
-        )
-    return dataclasses.replace(run, policy=policy), chosen
+class _Found(NamedTuple):
+    need: Need
+    largest: list[tuple[int, str]]
 
 
-def _program_fit(run: AbstractRun, name: str, program: Program, args: Any, device: Device) -> ProgramFit:
+def _compiled(device: Device, program: Program, args: tuple[Any, ...]) -> _Found:
     compiled = hopper.compile_for_h100(program, *args)
-    own = {id(x) for x in jax.tree.leaves(args)}
-    resident = sum(_bytes(x) for x in jax.tree.leaves((run.state, run.rewards)) if id(x) not in own)
-    steps = run.recipe.sampling.max_new_tokens
-    work = flops(jax.make_jaxpr(program.function)(*args).jaxpr, steps)
-    with jax.sharding.use_abstract_mesh(hopper.abstract_mesh()):
-        nbytes = moved(jax.jit(program.function).trace(*args).jaxpr.jaxpr, steps)
-    seconds = device.seconds(work, nbytes, "bfloat16")
-    text = compiled.as_text() or ""
-    return ProgramFit(name, need_of(compiled, resident), work, nbytes, seconds, largest_buffers(text, LARGEST))
+    return _Found(need_of(compiled), largest_buffers(compiled.as_text() or "", LARGEST))
+
+
+def _estimated(device: Device, program: Program, args: tuple[Any, ...]) -> _Found:
+    donated = sum(_bytes(args[i]) for i in program.donate)
+    return _Found(estimate(_traced(device, program, args), donated), [])
+
+
+def _traced(device: Device, program: Program, args: tuple[Any, ...]) -> ClosedJaxpr:
+    """As it would run on the device, with the kernels that it has."""
+    with jax.sharding.use_abstract_mesh(_mesh(device)):
+        return jax.jit(program.function).trace(*args).jaxpr  # not the jitted one: that remembers other devices' traces
+
+
+def _mesh(device: Device) -> AbstractMesh:
+    described = AbstractDevice(device_kind=device.kind, num_cores=device.cores, platform=device.platform)
+    return AbstractMesh((1,), ("d",), axis_types=(AxisType.Auto,), abstract_device=described)
 
 
 def _bytes(tree: Any) -> int:

@@ -28,6 +28,8 @@ def show(fit: Fit) -> None:
         numbers = (program.flops / 1e12, program.bytes_accessed / 1e9)
         work.add_row(program.name, *(f"{n:,.1f}" for n in numbers), f"{program.seconds:.2f}", buffers)
     console.print(work)
+    if fit.estimated:
+        print(f"estimated, not compiled: {'; '.join(fit.estimated)} (compiler: uv sync --group h100)")
     verdict = "fits" if fit.fits else "does not fit"
     print(f"{verdict}: {fit.peak / GIB:.2f} GiB at most, of {fit.device.memory / GIB:.2f} on {fit.device.name}")
 

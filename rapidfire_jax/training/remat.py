@@ -16,6 +16,7 @@ from rapidfire_jax.memory.remat import Choice, choose
 from rapidfire_jax.models.policy import Parts, Policy
 from rapidfire_jax.models.remat import DOTS, FULL, Remat, keep_names
 from rapidfire_jax.models.scorer import Scorer
+from rapidfire_jax.programs import Need, need_of
 
 
 def preset(memory: MemoryConfig) -> Remat | None:
@@ -104,7 +105,7 @@ def fit_plan[M: Policy | Scorer](
     args: tuple[Any, ...],
     memory: MemoryConfig,
     device: Device | None = None,
-    compile: Callable[[Any, tuple[Any, ...]], jax.stages.Compiled] | None = None,
+    need: Callable[[Any, tuple[Any, ...]], Need] | None = None,
 ) -> tuple[M, Fitted]:
     """The model with the plan that loses least time within the budget for temporaries of its learning program.
 
@@ -117,23 +118,23 @@ def fit_plan[M: Policy | Scorer](
       args: of that program, arrays or shapes; the largest that will occur.
       memory: budget.
       device: where it runs; by default the present one.
-      compile: a program for its arguments; by default for the present device.
+      need: of a program for its arguments; by default the present device's compiler is asked.
 
     Raises:
       InputError: no budget was given and the device does not tell, or not even everything computed again fits.
     """
     device = present_device() if device is None else device
-    compile = compile or (lambda program, args: program.lower(*args).compile())
+    need = need or (lambda program, args: need_of(program.lower(*args).compile()))
     full = _with(model, [FULL] * len(_plans(model)))
-    analysis = _analysis(compile(program(full), args))
-    others = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    of_full = need(program(full), args)
     if memory.budget_gb is not None:
         budget, what = int(memory.budget_gb * GIB), f"memory.budget_gb={memory.budget_gb:g}"
     elif device.name == "cpu":
         raise InputError("memory.remat=auto: a CPU does not say what may be used; give memory.budget_gb, in GiB")
     else:
-        budget, what = device.memory - others, f"the {device.memory / GIB:.2f} GiB of the device"
-    needed = analysis.temp_size_in_bytes
+        budget = device.memory - (of_full.peak - of_full.temporaries)
+        what = f"the {device.memory / GIB:.2f} GiB of the device"
+    needed = of_full.temporaries
     if needed > budget:
         raise InputError(
             f"{what}: {budget / GIB:.3f} GiB are left for temporaries of learning, which takes {needed / GIB:.3f} GiB "
@@ -144,15 +145,11 @@ def fit_plan[M: Policy | Scorer](
     while True:
         choices = choose(costs, room, mixes=not model.full)
         fitted = _with(model, [choice.remat for choice in choices])
-        measured = _analysis(compile(program(fitted), args)).temp_size_in_bytes
+        measured = need(program(fitted), args).temporaries
         kept = sum(choice.nbytes for choice in choices)
         if measured <= budget or kept == 0:
             return fitted, Fitted(budget, needed, measured, costs, choices)
         room = max(kept - (measured - budget), 0)
-
-
-def _analysis(compiled: jax.stages.Compiled) -> Any:
-    return compiled.memory_analysis()
 
 
 def _plans(model: Policy | Scorer) -> list[Remat | None]:

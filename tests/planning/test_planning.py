@@ -15,6 +15,7 @@ from rapidfire_jax.memory.devices import find_device
 from rapidfire_jax.planning.abstract import abstract_run
 from rapidfire_jax.planning.architectures import KNOWN, architecture
 from rapidfire_jax.planning.costs import flops, largest_buffers
+from rapidfire_jax.planning.estimate import estimate
 from rapidfire_jax.planning.fit import fit
 from rapidfire_jax.training.models import load_trainee
 from tests.test_configs import ROOT
@@ -90,10 +91,41 @@ ENTRY %main (x: bf16[256,256]) -> f32[256] {
 def test_bad_input():
     with pytest.raises(InputError, match=r"nowhere/model.*known without files: meta-llama/Meta-Llama-3-8B"):
         abstract_run(load_config(QUICKSTART, ["model.name=./nowhere/model"]), "float32")
-    with pytest.raises(InputError, match=r"device a100-40gb: programs can be compiled for h100-80gb, h200"):
-        fit(load_config(QUICKSTART), find_device("a100-40gb"))
     with pytest.raises(InputError, match="task sft: only runs that learn from their own rollouts"):
         abstract_run(load_config(ROOT / "configs" / "rlhf" / "sft.yaml"), "float32")
+
+
+@pytest.mark.parametrize("device", ["h100-80gb", "a100-40gb", "rtx4090"])
+def test_estimates(monkeypatch, device):
+    monkeypatch.setattr(hopper, "toolchain", lambda: ["no compiler"])
+    found = fit(load_config(QUICKSTART, ["model.dtype=bfloat16"]), find_device(device))
+    assert found.estimated == (
+        ["no compiler"] if device == "h100-80gb" else ["programs can be compiled for h100-80gb and h200"]
+    )
+    assert found.fits
+    for program in found.programs:
+        assert program.need.arguments > 250e6 and program.need.temporaries > 1e6
+        assert program.flops > 1e9 and program.bytes_accessed > 250e6 and program.seconds > 0
+
+
+def test_arrays_are_held_until_they_are_read_last():
+    def program(x):
+        a = jnp.exp(x @ x)  # held until b is there: what is fused reads the product itself
+        b = a @ x
+        return (b + 1.0) @ x
+
+    need = estimate(jax.jit(program).trace(jnp.ones((16, 16))).jaxpr, donated=0)
+    one = 16 * 16 * 4
+    assert (need.arguments, need.outputs, need.temporaries) == (one, one, one)
+
+
+def test_a_loop_holds_what_its_body_holds():
+    def program(x):
+        return jax.lax.scan(lambda c, _: (((c @ c) @ c) @ c, (c @ c).sum()), x, length=3)
+
+    need = estimate(jax.jit(program).trace(jnp.ones((16, 16))).jaxpr, donated=0)
+    assert need.outputs == 16 * 16 * 4 + 3 * 4
+    assert 16 * 16 * 4 <= need.temporaries <= 3 * 16 * 16 * 4
 
 
 @pytest.mark.slow
