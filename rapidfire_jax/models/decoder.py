@@ -16,6 +16,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels import hopper
 from rapidfire_jax.errors import InputError
 from rapidfire_jax.models.config import DecoderConfig
 from rapidfire_jax.models.layers import Block, LayerCache, Slots, View, make_norm
@@ -36,10 +37,16 @@ class KVCache:
 
 
 class Layer(NamedTuple):
-    """One block, taken apart."""
+    """One block of a stack, taken apart."""
 
     graphdef: nnx.GraphDef
-    weights: nnx.State
+    stack: nnx.State
+    index: int
+
+    @property
+    def weights(self) -> nnx.State:
+        """Its own."""
+        return jax.tree.map(lambda w: w[self.index], self.stack)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,11 +181,17 @@ class Decoder(nnx.Module):
         return self.norm(x), KVCache(tuple(layers), starts, ends)
 
     def layers(self) -> list[Layer]:
-        """The blocks one by one, for `decode`: sliced here once instead of in every step."""
-        layers = []
+        """The blocks one by one, for `decode`.
+
+        On a Hopper GPU they share their stack: what is cut out of it beside the kernel that reads it is never copied.
+        Elsewhere it would be in every step, and so is cut out here.
+        """
+        layers, shared = [], not hopper.why_not_hopper()
         for stack in self.stacks:
             graphdef, stacked = nnx.split(stack)
-            layers += [Layer(graphdef, jax.tree.map(lambda w, i=i: w[i], stacked)) for i in range(stack_size(stack))]
+            for i in range(stack_size(stack)):
+                alone = stacked if shared else jax.tree.map(lambda w, i=i: w[i : i + 1], stacked)
+                layers.append(Layer(graphdef, alone, i if shared else 0))
         return layers
 
     def decode(
