@@ -38,6 +38,7 @@ class LayerCosts:
     flops: np.ndarray  # float64 [2 ** len(names)]: of products that are run again, by the set of names that is kept
     seconds: np.ndarray  # float64 [2 ** len(names)]: of what is run again, by the same
     everything: int  # bytes that are kept without any plan, beyond those of a plan that keeps no name
+    trained: int  # bytes of what is trained of the whole stack; where it is cut in groups, that is copied
     device: Device
 
     def subset(self, *names: str) -> int:
@@ -47,7 +48,7 @@ class LayerCosts:
     def __add__(self, other: "LayerCosts") -> "LayerCosts":
         """Costs of two passes through the same layers."""
         assert (self.layers, self.names) == (other.layers, other.names)
-        parts = ("nbytes", "flops", "seconds", "everything")
+        parts = ("nbytes", "flops", "seconds", "everything", "trained")
         return dataclasses.replace(self, **{name: getattr(self, name) + getattr(other, name) for name in parts})
 
 
@@ -214,7 +215,10 @@ def _loop_costs(loop: JaxprEqn, device: Device) -> LayerCosts:
     stream = body.avals[body.carried[0]]  # of the layer's input, which an empty plan keeps
     unused = [i for i in body.sliced if i not in wanted and _alike(body.avals[i], stream)]
     everything = sum(map(body.nbytes, residuals)) - sum(map(body.nbytes, unused[:1]))
-    return LayerCosts(loop.params["length"], names, nbytes, flops, seconds, everything, device)
+    pairs = zip(loop.outvars, _inner(loop)[0].outvars, strict=True)
+    gradients = [_aval(outer) for outer, inner in pairs if _differ(outer, inner)]
+    trained = sum(aval.size * aval.dtype.itemsize for aval in gradients)
+    return LayerCosts(loop.params["length"], names, nbytes, flops, seconds, everything, trained, device)
 
 
 def _alike(a: Any, b: Any) -> bool:

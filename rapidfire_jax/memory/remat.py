@@ -15,7 +15,7 @@ class Choice:
     """A plan for a stack, and what it costs in one pass through all layers."""
 
     remat: Remat | None
-    nbytes: int  # kept, beyond what is kept of layers that keep no name
+    nbytes: int  # beyond those of a plan that keeps no name
     host_nbytes: int  # kept in the host's memory
     flops: float  # of what is run again
     seconds: float  # for what is run again, and for writing and reading what is kept
@@ -94,7 +94,7 @@ def _plans(costs: LayerCosts, sets: _Sets, mixes: bool) -> _Plans:
     ]
     few, many = np.triu_indices(count, 1)  # sets by bytes
     for n in range(1, layers) if mixes else ():
-        nbytes = n * sets.nbytes[many] + (layers - n) * sets.nbytes[few]
+        nbytes = n * sets.nbytes[many] + (layers - n) * sets.nbytes[few] + costs.trained
         seconds = n * sets.seconds[many] + (layers - n) * sets.seconds[few]
         best = _frontier(nbytes, seconds)
         chosen = np.stack([np.full(len(best), n), many[best], few[best]], axis=1)
@@ -114,7 +114,7 @@ def _choice(costs: LayerCosts, sets: _Sets, mix: np.ndarray) -> Choice:
     groups = [Group(count, *_names(costs, int(sets.kept[i]), int(sets.offloaded[i]))) for count, i in parts]
     return Choice(
         Remat((*groups[:-1], dataclasses.replace(groups[-1], layers=None))),
-        int(total(sets.nbytes)),
+        int(total(sets.nbytes)) + costs.trained * (len(parts) - 1),
         int(total(set_sums(costs.nbytes)[sets.offloaded])),
         float(total(costs.flops[sets.kept])),
         float(total(sets.seconds)),

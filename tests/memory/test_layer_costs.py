@@ -19,6 +19,7 @@ def test_flops_and_bytes_of_plans_are_those_of_their_programs(problem, kind):
     full = own.traced(FULL)
     costs = layer_costs(full, SLOW)
     assert costs.layers == 4
+    assert costs.trained == sum(leaf.nbytes for leaf in jax.tree.leaves(own.adapters))
     random = np.random.default_rng(0)
     every = len(costs.flops) - 1
     for number in {0, every, *random.integers(0, every, 5).tolist()}:

@@ -23,7 +23,7 @@ def random_costs(seed, layers=3, names=3, device=SLOW) -> LayerCosts:
         work += np.where(sets & group == 0, random.integers(0, 50) * 1e6, 0.0)
     nbytes = random.integers(1, 5, names) * 1000
     seconds = work / SLOW.float32_rate + 2 * sum((sets >> i & 1) * nbytes[i] for i in range(names)) / SLOW.bandwidth
-    return LayerCosts(layers, NAMES[:names], nbytes, work, seconds, int(nbytes.sum() + 3000), device)
+    return LayerCosts(layers, NAMES[:names], nbytes, work, seconds, int(nbytes.sum() + 3000), 700, device)
 
 
 def every_set(costs):
@@ -42,14 +42,15 @@ def every_plan(costs, mixes=True):
     yield costs.layers * costs.everything, costs.layers * 2 * costs.everything / costs.device.bandwidth
     for (b, s), (c, t) in itertools.product(sets, sets):
         for n in range(costs.layers + 1) if mixes else (costs.layers,):
-            yield n * b + (costs.layers - n) * c, n * s + (costs.layers - n) * t
+            cut = costs.trained if 0 < n < costs.layers else 0
+            yield n * b + (costs.layers - n) * c + cut, n * s + (costs.layers - n) * t
 
 
 def cost_of(costs, choice):
     """(bytes, seconds) of a choice, from its plan alone."""
     if choice.remat is None:
         return costs.layers * costs.everything, costs.layers * 2 * costs.everything / costs.device.bandwidth
-    nbytes, seconds = 0, 0.0
+    nbytes, seconds = costs.trained * (len(choice.remat.groups) - 1), 0.0
     for start, stop, group in choice.remat.spans(costs.layers):
         here, away = (sum(costs.nbytes[costs.names.index(n)] for n in names) for names in (group.keep, group.offload))
         set_of = costs.subset(*group.keep, *group.offload)
