@@ -41,12 +41,12 @@ class Layer(NamedTuple):
 
     graphdef: nnx.GraphDef
     stack: nnx.State
-    index: int
+    place: int
 
     @property
     def weights(self) -> nnx.State:
         """Its own."""
-        return jax.tree.map(lambda w: w[self.index], self.stack)
+        return jax.tree.map(lambda w: w[self.place], self.stack)
 
 
 @dataclasses.dataclass(frozen=True)
