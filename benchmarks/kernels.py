@@ -1,4 +1,4 @@
-"""Kernels at the shapes of real models: what they occupy, what they must do, and on a GPU how long they take.
+"""Kernels at the shapes of real models: what they occupy and what they must do. How long they take: `benchmarks.gpu`.
 
     python -m benchmarks.kernels [OPERATION ...] [--quick] [--json]
 
@@ -6,23 +6,16 @@ Registers a thread, spills and shared memory come from ptxas, compiled for an H1
 of the dependency group `h100`). FLOPs and bytes are hand counts: the least that any kernel must move (every operand
 read once, every result written once), and what this one's tiles move if no cache helps. The floor is the larger of
 FLOPs over 990 TFLOP/s and least bytes over 3.35 TB/s.
-
-On a Hopper GPU, times are medians of 10 runs, kernels alone, by CUPTI; "xla us" is the time of all kernels of the same
-call, forward and backward, when XLA runs the reference, and "us of call" the same with ours.
 """
 
 import argparse
 import json
-import statistics
-from collections.abc import Callable
 from typing import Any
 
-import jax
-
 from benchmarks.results import report
-from pallas_kernels import dispatch, hopper
+from pallas_kernels import hopper
 from pallas_kernels.catalogue import CATALOGUE
-from pallas_kernels.shape_specs import Call, random_arguments
+from pallas_kernels.shape_specs import Call
 
 
 def occupied(call: Call) -> list[dict[str, Any]]:
@@ -39,42 +32,6 @@ def occupied(call: Call) -> list[dict[str, Any]]:
             "least MB": cost.least_bytes / 1e6,
             "moved MB": cost.moved_bytes / 1e6,
             "floor us": cost.floor * 1e6,
-        }
-        for kernel, cost in call.costs.items()
-    ]
-
-
-def kernel_times(function: Callable, args: tuple) -> list[list[tuple[str, float]]]:
-    """Microseconds of each GPU kernel in turn, for each of 10 runs."""
-    from jax.experimental.mosaic.gpu import profiler
-
-    # A function of its own, so that it is traced anew: what runs depends on more than the arguments.
-    _, runs = profiler.measure(jax.jit(lambda *args: function(*args)), aggregate=False, iterations=10)(*args)
-    return [[(name, 1e3 * milliseconds) for name, milliseconds in run] for run in runs]
-
-
-def total(runs: list[list[tuple[str, float]]], name: str = "") -> float:
-    """Median over the runs of the time in kernels whose name contains `name`."""
-    return statistics.median(sum(t for kernel, t in run if name in kernel) for run in runs)
-
-
-def timed(call: Call) -> list[dict[str, Any]]:
-    """A row for each kernel of a call, measured on this GPU."""
-    args = random_arguments(call)
-    ours = kernel_times(call.function, args)
-    with dispatch.prefer("xla", "chunked", "scan"):
-        theirs = kernel_times(call.function, args)
-    return [
-        {
-            "call": call.name,
-            "kernel": kernel,
-            "us": (us := total(ours, kernel)),
-            "floor us": cost.floor * 1e6,
-            "of the floor": cost.floor * 1e6 / us if us else float("nan"),
-            "TFLOP/s": cost.flops / us / 1e6 if us else float("nan"),
-            "GB/s": cost.least_bytes / us / 1e3 if us else float("nan"),
-            "us of call": total(ours),
-            "xla us": total(theirs),
         }
         for kernel, cost in call.costs.items()
     ]
@@ -98,8 +55,6 @@ def main() -> None:
         print(f"no machine code: {'; '.join(missing)}")
     else:
         tables["kernel_code"] = [row for call in calls for row in occupied(call)]
-    if not hopper.why_not_hopper():
-        tables["kernel_times"] = [row for call in calls for row in timed(call)]
     if options.json:
         print(json.dumps(tables))
     else:

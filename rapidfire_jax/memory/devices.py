@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from pallas_kernels import hopper
 from rapidfire_jax.errors import InputError
 
 GIB = 2**30
 _PCIE_4, _PCIE_5 = 31.5e9, 63e9  # 16 lanes, one direction
+_HOPPER = hopper.BF16_RATE, hopper.BF16_RATE / 2, _PCIE_5, hopper.CORES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +57,17 @@ DEVICES = {
     for device in (
         Device("a100-40gb", "NVIDIA A100-SXM4-40GB", int(39.4 * GIB), 1.555e12, 312e12, 156e12, _PCIE_4, 108),
         Device("a100-80gb", "NVIDIA A100-SXM4-80GB", int(79.1 * GIB), 2.039e12, 312e12, 156e12, _PCIE_4, 108),
-        Device("h100-80gb", "NVIDIA H100 80GB HBM3", int(79.1 * GIB), 3.35e12, 989e12, 494e12, _PCIE_5, 132),
-        Device("h200", "NVIDIA H200", int(139.8 * GIB), 4.8e12, 989e12, 494e12, _PCIE_5, 132),
+        Device(
+            "h100-80gb",
+            hopper.DEVICE_KIND,
+            int(79.1 * GIB),
+            hopper.BANDWIDTH,
+            hopper.BF16_RATE,
+            495e12,
+            _PCIE_5,
+            hopper.CORES,
+        ),
+        Device("h200", "NVIDIA H200", int(139.8 * GIB), 4.8e12, *_HOPPER),
         Device("b200", "NVIDIA B200", int(178.3 * GIB), 8.0e12, 2250e12, 1125e12, _PCIE_5, 148),
         Device("l40s", "NVIDIA L40S", int(44.4 * GIB), 0.864e12, 362e12, 183e12, _PCIE_4, 142),
         Device("rtx4090", "NVIDIA GeForce RTX 4090", int(23.6 * GIB), 1.008e12, 165e12, 82.6e12, _PCIE_4, 128),

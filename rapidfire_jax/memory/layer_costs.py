@@ -15,17 +15,17 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from rapidfire_jax.memory.devices import Device
+from rapidfire_jax.memory.jaxprs import KERNELS, LOOPS, Inlined, Op, inner
 
+OPAQUE = (*KERNELS, *LOOPS)  # counted as a whole
 _VIEWS = {"name", "reshape", "squeeze", "expand_dims", "transpose", "copy", "reduce_precision"}  # no work of their own
-_OPAQUE = {"scan", "while", "cond", "pallas_call", "mpmd_map", "core_map"}  # not taken apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,17 +71,12 @@ def layer_costs(gradient: ClosedJaxpr, device: Device) -> LayerCosts:
 
 def _backward_loops(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
     for eqn in jaxpr.eqns:
-        inner = _inner(eqn)
-        if eqn.primitive.name == "scan" and any(again.params.get("differentiated") for again in inner[0].eqns):
+        parts = inner(eqn)
+        if eqn.primitive.name == "scan" and any(again.params.get("differentiated") for again in parts[0].eqns):
             yield eqn
         else:
-            for part in inner:
+            for part in parts:
                 yield from _backward_loops(part)
-
-
-def _inner(eqn: JaxprEqn) -> list[Jaxpr]:
-    params = jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: isinstance(x, (ClosedJaxpr, Jaxpr)))
-    return [x.jaxpr if isinstance(x, ClosedJaxpr) else x for x in params if isinstance(x, (ClosedJaxpr, Jaxpr))]
 
 
 # FLOPs of an equation
@@ -105,13 +100,13 @@ KERNEL_FLOPS: dict[str, Callable[[list[Any], list[Any]], float]] = {
 def count_flops(eqn: JaxprEqn) -> float:
     """FLOPs of the matrix products of an equation, those inside of it included; of kernels, by `KERNEL_FLOPS`."""
     name = eqn.params.get("name")
-    if eqn.primitive.name in _OPAQUE and name in KERNEL_FLOPS:
+    if eqn.primitive.name in OPAQUE and name in KERNEL_FLOPS:
         return KERNEL_FLOPS[name](list(map(_aval, eqn.invars)), list(map(_aval, eqn.outvars)))
     if eqn.primitive.name == "dot_general":
         contracted, _ = eqn.params["dimension_numbers"]
         left, result = _aval(eqn.invars[0]), _aval(eqn.outvars[0])
         return 2.0 * result.size * math.prod(left.shape[i] for i in contracted[0])
-    inside = [sum(map(count_flops, jaxpr.eqns)) for jaxpr in _inner(eqn)]
+    inside = [sum(map(count_flops, jaxpr.eqns)) for jaxpr in inner(eqn)]
     if eqn.primitive.name == "scan":
         return eqn.params["length"] * inside[0]
     return max(inside) if eqn.primitive.name == "cond" else sum(inside)
@@ -125,29 +120,16 @@ def _aval(var: Any) -> Any:
 # The body of a loop as operations on numbered values
 
 
-class _Op(NamedTuple):
-    eqn: JaxprEqn
-    inputs: list[int]  # without literals
-    outputs: list[int]
-
-    @property
-    def is_product(self) -> bool:
-        return self.eqn.primitive.name in _OPAQUE or self.eqn.primitive.name == "dot_general"
-
-
-class _Body:
-    """What the body of a loop computes, with calls inlined."""
+class _Body(Inlined):
+    """What the body of a loop computes."""
 
     def __init__(self, loop: JaxprEqn):
-        (jaxpr,) = _inner(loop)
+        (jaxpr,) = inner(loop)
+        super().__init__(jaxpr)
         cut = [_differ(*pair) for pair in zip(loop.invars, jaxpr.invars, strict=True)]
         carried = len(jaxpr.outvars) - sum(map(_differ, loop.outvars, jaxpr.outvars))
         first = len(cut) - sum(cut)  # that is cut into slices; before it stand what is carried, and constants
-        self.avals: list[Any] = []  # by the number of a value
-        self.ops: list[_Op] = []
-        inputs = [self._new(var) for var in jaxpr.invars]
-        self._inline(jaxpr, dict(zip(jaxpr.invars, inputs, strict=True)))
-        self.carried, self.sliced = inputs[first - carried : first], inputs[first:]
+        self.carried, self.sliced = self.inputs[first - carried : first], self.inputs[first:]
 
     def nbytes(self, value: int) -> int:
         """Bytes; of integers and masks 0."""
@@ -162,36 +144,13 @@ class _Body:
                 found.update(op.outputs)
         return found
 
-    def _new(self, var: Any) -> int:
-        self.avals.append(var.aval)
-        return len(self.avals) - 1
-
-    def _inline(self, jaxpr: Jaxpr, known: dict[Any, int]) -> list[int]:
-        def read(variables: Iterable[Any]) -> list[int]:
-            return [self._new(v) if isinstance(v, Literal) else known[v] for v in variables]
-
-        known.update((var, self._new(var)) for var in jaxpr.constvars)
-        for eqn in jaxpr.eqns:
-            called = _called(eqn)
-            if called is None:
-                outputs = [self._new(var) for var in eqn.outvars]
-                self.ops.append(_Op(eqn, [known[v] for v in eqn.invars if not isinstance(v, Literal)], outputs))
-            else:
-                outputs = self._inline(called, dict(zip(called.invars, read(eqn.invars), strict=True)))
-            known.update(zip(eqn.outvars, outputs, strict=True))
-        return read(jaxpr.outvars)
-
 
 def _differ(outer: Any, inner: Any) -> bool:
     return outer.aval.shape != inner.aval.shape
 
 
-def _called(eqn: JaxprEqn) -> Jaxpr | None:
-    """What an equation stands for, if that is one run of it on the equation's operands."""
-    inner = _inner(eqn)
-    if eqn.primitive.name in _OPAQUE or not inner or len(inner[0].invars) != len(eqn.invars):
-        return None
-    return inner[0]
+def _is_product(op: Op) -> bool:
+    return op.name in OPAQUE or op.name == "dot_general"
 
 
 def _loop_costs(loop: JaxprEqn, device: Device) -> LayerCosts:
@@ -201,7 +160,7 @@ def _loop_costs(loop: JaxprEqn, device: Device) -> LayerCosts:
     forward = [op for op in body.ops if not of_cotangents.intersection(op.inputs)]
     wanted = {i for op in derivative for i in op.inputs} - of_cotangents
 
-    labels = {op.outputs[0]: op.eqn.params["name"] for op in forward if op.eqn.primitive.name == "name"}
+    labels = {op.outputs[0]: op.eqn.params["name"] for op in forward if op.name == "name"}
     names = tuple(dict.fromkeys(labels.values()))
     flops, seconds = _work(body, forward, derivative, wanted, labels, names, device)
     useful = [i for i in range(len(names)) if _saves(seconds, i)]
@@ -215,7 +174,7 @@ def _loop_costs(loop: JaxprEqn, device: Device) -> LayerCosts:
     stream = body.avals[body.carried[0]]  # of the layer's input, which an empty plan keeps
     unused = [i for i in body.sliced if i not in wanted and _alike(body.avals[i], stream)]
     everything = sum(map(body.nbytes, residuals)) - sum(map(body.nbytes, unused[:1]))
-    pairs = zip(loop.outvars, _inner(loop)[0].outvars, strict=True)
+    pairs = zip(loop.outvars, inner(loop)[0].outvars, strict=True)
     gradients = [_aval(outer) for outer, inner in pairs if _differ(outer, inner)]
     trained = sum(aval.size * aval.dtype.itemsize for aval in gradients)
     return LayerCosts(loop.params["length"], names, nbytes, flops, seconds, everything, trained, device)
@@ -227,8 +186,8 @@ def _alike(a: Any, b: Any) -> bool:
 
 def _work(
     body: _Body,
-    forward: list[_Op],
-    derivative: list[_Op],
+    forward: list[Op],
+    derivative: list[Op],
     wanted: set[int],
     labels: dict[int, str],
     names: tuple[str, ...],
@@ -250,9 +209,9 @@ def _work(
     root = list(range(len(body.avals)))  # the value that a view shows
     fused: set[int] = set()
     for op in forward:
-        if op.eqn.primitive.name in _VIEWS:
+        if op.name in _VIEWS:
             root[op.outputs[0]] = root[op.inputs[0]]
-        elif not op.is_product:
+        elif not _is_product(op):
             fused.update(op.outputs)
 
     flops, seconds = np.zeros(len(sets)), np.zeros(len(sets))
@@ -260,17 +219,17 @@ def _work(
     written: dict[int, np.ndarray] = {}
     for op in forward:
         run = runs[op.outputs[0]]
-        if op.is_product:
+        if _is_product(op):
             work = count_flops(op.eqn)
             moved = sum(map(body.nbytes, (*op.inputs, *op.outputs)))
             flops += np.where(run, work, 0.0)
             seconds += np.where(run, device.seconds(work, moved, body.avals[op.inputs[0]].dtype), 0.0)
             written.update((i, written.get(i, never) | run) for i in {root[i] for i in op.inputs} & fused)
-        elif op.eqn.primitive.name not in _VIEWS and any(map(body.nbytes, op.outputs)):
+        elif op.name not in _VIEWS and any(map(body.nbytes, op.outputs)):
             for i in {root[i] for i in op.inputs}:
                 read[i] = read.get(i, never) | (run & ~runs[i] if i in fused else run)
     for op in derivative:
-        if op.is_product:
+        if _is_product(op):
             written.update(dict.fromkeys({root[i] for i in op.inputs if i in wanted} & fused, always))
     for i, when in read.items():
         seconds += np.where(when, body.nbytes(i) / device.bandwidth, 0.0)

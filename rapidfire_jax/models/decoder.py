@@ -284,7 +284,7 @@ def _decode_layer(graphdef: nnx.GraphDef, weights: nnx.State, x: Array, view: Vi
 
 def stack_size(stack: Block) -> int:
     """Number of layers in a stack."""
-    return stack.q_proj.kernel.shape[0]
+    return stack.mlp_norm.scale.shape[0]
 
 
 def _with_room(cached: Array, room: int) -> Array:

@@ -68,6 +68,8 @@ class StoredArray:
 class FlaxMsgpack:
     """The arrays of one file, or of all shards of an index, by PyTorch's names and in PyTorch's order of axes."""
 
+    format: str | None = None
+
     def __init__(self, where: Path, files: list[Path]):
         self.where = where
         self.shapes: dict[str, tuple[int, ...]] = {}

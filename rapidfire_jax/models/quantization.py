@@ -73,7 +73,7 @@ def is_quantized(tree: Any) -> bool:
 
 
 def check_format(format: str | None, where: str, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Whether the kernels among `shapes`, `(*L, in, out)` by path, can be stored in a format.
+    """Refuses a format that the kernels among `shapes`, `(*L, in, out)` by path, cannot be stored in.
 
     Raises:
       InputError: an unknown format, or a width that it cannot cut into groups.

@@ -26,6 +26,8 @@ LONGEST_HEADER = 100_000_000  # bytes; the limit of the format
 class Safetensors:
     """The tensors of one file, or of all shards of an index; bytes only where `integers` are wanted."""
 
+    format: str | None = None
+
     def __init__(self, where: Path, files: list[Path], *, integers: bool = False):
         self.where = where
         self.shapes: dict[str, tuple[int, ...]] = {}

@@ -33,6 +33,7 @@ class Checkpoint(Protocol):
     where: Path
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, np.dtype]
+    format: str | None  # in which matrices of layers come quantised
 
     def read(self, name: str) -> np.ndarray | Quantized:
         """Tensor `name` in `shapes[name]`, in memory of its own; a matrix may come quantised."""
@@ -133,7 +134,7 @@ def load[M: Decoder](
     expected = stored_tensors(family, ours, config.num_layers)
     held = _find(checkpoint, family, config, expected, ours)
     check_format(quantize, str(checkpoint.where), ours)
-    format = quantize or getattr(checkpoint, "format", None)
+    format = quantize or checkpoint.format
 
     arrays: dict[str, Kernel] = {}
     groups: dict[tuple[str, ...], dict[str, Stored]] = {}

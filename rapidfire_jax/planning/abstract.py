@@ -20,7 +20,7 @@ from rapidfire_jax.planning.architectures import architecture
 from rapidfire_jax.programs import Program
 from rapidfire_jax.rewards.model import SCORE, widest
 from rapidfire_jax.training.models import prepare
-from rapidfire_jax.training.online import Recipe, recipe_of
+from rapidfire_jax.training.recipe import Recipe, recipe_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +30,14 @@ class AbstractRun:
     recipe: Recipe
     policy: Policy
     state: TrainState  # of shapes
-    rewards: list[RewardModel]  # of shapes
+    rewards: list[RewardModel]  # of shapes, judges among them
 
     def calls(self) -> dict[str, tuple[Program, tuple[Any, ...]]]:
         """Programs and their largest arguments by name."""
-        programs, largest = self.recipe.programs(self.policy), self.recipe.largest(self.policy, self.state)
+        programs = self.recipe.programs(self.policy)
+        largest = self.recipe.largest(programs.rollout, self.state)
         found = {name: (getattr(programs, name), args) for name, args in largest.items()}
-        neural = [entry for entry in self.recipe.config.reward if entry.kind == "model"]
+        neural = _neural(self.recipe.config)
         tokens = largest["learn"][1].tokens.shape[1]
         for i, (entry, model) in enumerate(zip(neural, self.rewards, strict=True)):
             rows = entry.batch_size, widest(tokens, entry.max_length or model.config.max_positions)
@@ -69,11 +70,15 @@ def abstract_run(config: OnlineRunConfig, dtype: str) -> AbstractRun:
     state = jax.eval_shape(first_state, weights, critic)
     policy, optimizer = static
     rewards = [
-        jax.eval_shape(partial(_model, RewardModel, entry), _weights(RewardModel, entry))
-        for entry in config.reward
-        if entry.kind == "model"
+        jax.eval_shape(partial(_model, RewardModel, entry), _weights(RewardModel, entry)) for entry in _neural(config)
     ]
-    return AbstractRun(recipe_of(config, (0,), 0, optimizer), policy, state, rewards)
+    recipe = recipe_of(config, (0,), 0, optimizer)  # which token ends a response changes no size
+    return AbstractRun(recipe, policy, state, rewards)
+
+
+def _neural(config: OnlineRunConfig) -> list[RewardConfig]:
+    """Rewards and judges that are models."""
+    return [entry for entry in (*config.reward, *config.judge) if entry.kind == "model"]
 
 
 def _name(entry: WeightsConfig | CriticConfig | RewardConfig) -> str:

@@ -86,7 +86,7 @@ KNOWN: dict[str, dict[str, Any]] = {
     "meta-llama/Llama-3.2-1B-Instruct": _LLAMA | _1B | _LONGER,
     "meta-llama/Llama-3.2-3B": _LLAMA | _3B | _LONGER,
     "meta-llama/Llama-3.2-3B-Instruct": _LLAMA | _3B | _LONGER,
-    "Ray2333/GRM-Llama3-8B-rewardmodel-ft": _LLAMA | _8B,
+    "Ray2333/GRM-llama3-8B-distill": _LLAMA | _8B,
     "mistralai/Mistral-7B-v0.1": _MISTRAL,
     "weqweasdas/RM-Mistral-7B": _MISTRAL,
     "mistralai/Mistral-7B-Instruct-v0.3": _MISTRAL_3,

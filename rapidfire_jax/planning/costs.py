@@ -5,12 +5,11 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+from jax.extend.core import Jaxpr, JaxprEqn
 
+from rapidfire_jax.memory.jaxprs import KERNELS, inner
 from rapidfire_jax.memory.layer_costs import count_flops
 
-_KERNELS = {"pallas_call", "mpmd_map", "core_map"}
 _ITEMSIZE = {"f64": 8, "s64": 8, "u64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
 _BUFFER = re.compile(r"^\s+(?:ROOT )?%?(\S+) = (\w+)\[([\d,]*)\]\S* (\S+?)\((?:.*op_name=\"([^\"]*)\")?", re.MULTILINE)
 _FUSED = re.compile(r"^%?(?:fused|wrapped)\S* .*?^}", re.MULTILINE | re.DOTALL)  # their values stay in registers
@@ -21,7 +20,7 @@ def flops(jaxpr: Jaxpr, steps: int) -> float:
     """FLOPs of the matrix products of a program that was traced without kernels.
 
     Args:
-      jaxpr: traced for a CPU, where every operation is plain products. Those that causality would leave out count too.
+      jaxpr: in which every operation is plain products. Those that causality would leave out count too.
       steps: how often a loop goes round whose end depends on data: decoding.
     """
     return _summed(jaxpr, steps, count_flops)
@@ -31,7 +30,7 @@ def moved(jaxpr: Jaxpr, steps: int) -> float:
     """Bytes of the operands and results of matrix products and kernels; what XLA fuses around them is left out."""
 
     def of(eqn: JaxprEqn) -> float:
-        if eqn.primitive.name not in _KERNELS and eqn.primitive.name != "dot_general":
+        if eqn.primitive.name not in KERNELS and eqn.primitive.name != "dot_general":
             return 0.0
         arrays: list[Any] = [v.aval for v in (*eqn.invars, *eqn.outvars)]
         return float(sum(x.size * x.dtype.itemsize for x in arrays))
@@ -58,22 +57,15 @@ def _where(origin: str) -> str:
 def _summed(jaxpr: Jaxpr, steps: int, of: Callable[[JaxprEqn], float]) -> float:
     total = 0.0
     for eqn in jaxpr.eqns:
-        name, inner = eqn.primitive.name, _inner(eqn)
-        if name in _KERNELS or not inner:
+        name, parts = eqn.primitive.name, inner(eqn)
+        if name in KERNELS or not parts:
             total += of(eqn)
         elif name == "scan":
-            total += eqn.params["length"] * _summed(inner[0], steps, of)
+            total += eqn.params["length"] * _summed(parts[0], steps, of)
         elif name == "while":
-            total += steps * sum(_summed(part, steps, of) for part in inner)
+            total += steps * sum(_summed(part, steps, of) for part in parts)
         elif name == "cond":
-            total += max(_summed(part, steps, of) for part in inner)
+            total += max(_summed(part, steps, of) for part in parts)
         else:
-            total += sum(_summed(part, steps, of) for part in inner)
+            total += sum(_summed(part, steps, of) for part in parts)
     return total
-
-
-def _inner(eqn: JaxprEqn) -> list[Jaxpr]:
-    leaves: list[Any] = jax.tree.leaves(
-        list(eqn.params.values()), is_leaf=lambda x: isinstance(x, (ClosedJaxpr, Jaxpr))
-    )
-    return [x.jaxpr if isinstance(x, ClosedJaxpr) else x for x in leaves if isinstance(x, (ClosedJaxpr, Jaxpr))]

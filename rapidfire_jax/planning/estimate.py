@@ -5,15 +5,13 @@ product, a kernel, a loop, a gather or a reduction computes is an array; everyth
 reads it. A compiler orders better and shares buffers, but also makes copies that are not seen here.
 """
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
+from rapidfire_jax.memory.jaxprs import KERNELS, LOOPS, Inlined, Op, inner
 from rapidfire_jax.programs import Need
 
-KERNELS = ("pallas_call", "mpmd_map", "core_map")
-LOOPS = ("scan", "while", "cond")
 # What else makes an array in memory, by the beginning of its name.
 ARRAYS = (
     *KERNELS, *LOOPS, "dot_general", "gather", "scatter", "concatenate", "pad", "dynamic_", "sort", "top_k", "cum",
@@ -30,91 +28,49 @@ def estimate(program: ClosedJaxpr, donated: int) -> Need:
       donated: bytes of arguments whose memory outputs take over.
     """
     jaxpr = program.jaxpr
-    arguments, outputs = (sum(map(_nbytes, variables)) for variables in (jaxpr.invars, jaxpr.outvars))
+    arguments, outputs = (sum(_nbytes(v.aval) for v in values) for values in (jaxpr.invars, jaxpr.outvars))
     return Need(arguments, _temporaries(jaxpr), outputs, min(donated, outputs))
 
 
-class _Op(NamedTuple):
-    eqn: JaxprEqn
-    inputs: list[int]
-    outputs: list[int]
-
-    @property
-    def is_array(self) -> bool:
-        name = self.eqn.primitive.name
-        return name.startswith(ARRAYS) and name not in FUSED
-
-
-class _Flat:
-    """A program with its calls inlined; values are numbers."""
-
-    def __init__(self, jaxpr: Jaxpr):
-        self.sizes: list[int] = []
-        self.ops: list[_Op] = []
-        self.outputs = self._inline(jaxpr, {var: self._new(var) for var in (*jaxpr.invars, *jaxpr.constvars)})
-
-    def _new(self, var: Any) -> int:
-        self.sizes.append(_nbytes(var))
-        return len(self.sizes) - 1
-
-    def _inline(self, jaxpr: Jaxpr, known: dict[Any, int]) -> list[int]:
-        def read(variables: Iterable[Any]) -> list[int]:
-            return [self._new(v) if isinstance(v, Literal) else known[v] for v in variables]
-
-        for eqn in jaxpr.eqns:
-            inner = _inner(eqn)
-            inputs = read(eqn.invars)
-            if len(inner) == 1 and len(inner[0].invars) == len(inputs) and eqn.primitive.name not in (*LOOPS, *KERNELS):
-                bound = dict(zip(inner[0].invars, inputs, strict=True))
-                outputs = self._inline(inner[0], bound | {var: self._new(var) for var in inner[0].constvars})
-            else:
-                outputs = [self._new(var) for var in eqn.outvars]
-                self.ops.append(_Op(eqn, inputs, outputs))
-            known.update(zip(eqn.outvars, outputs, strict=True))
-        return read(jaxpr.outvars)
+def _is_array(op: Op) -> bool:
+    return op.name.startswith(ARRAYS) and op.name not in FUSED
 
 
 def _temporaries(jaxpr: Jaxpr) -> int:
     """Most bytes of computed arrays that are held at a time, beyond those of the results."""
-    flat = _Flat(jaxpr)
+    program = Inlined(jaxpr)
+    sizes = list(map(_nbytes, program.avals))
     sources: dict[int, set[int]] = {}  # of a value that is not an array: the arrays that are read in its place
     last: dict[int, int] = {}  # of an array: when it is read last
-    for i, op in enumerate(flat.ops):
+    for i, op in enumerate(program.ops):
         read = set().union(*(sources.get(v, set()) for v in op.inputs))
-        if op.is_array:
+        if _is_array(op):
             last.update(dict.fromkeys((*read, *op.outputs), i))
             sources.update((v, {v}) for v in op.outputs)
         else:
             sources.update((v, read) for v in op.outputs)
-    results = set(flat.outputs) & sources.keys()
-    last.update(dict.fromkeys(set().union(*(sources[v] for v in results)), len(flat.ops)))
+    results = set(program.outputs) & sources.keys()
+    last.update(dict.fromkeys(set().union(*(sources[v] for v in results)), len(program.ops)))
 
     ending: dict[int, int] = {}  # bytes that are given back after an operation
     for v, i in last.items():
-        ending[i] = ending.get(i, 0) + flat.sizes[v]
+        ending[i] = ending.get(i, 0) + sizes[v]
     held = most = 0
-    for i, op in enumerate(flat.ops):
-        if op.is_array:
-            held += sum(flat.sizes[v] for v in op.outputs)
+    for i, op in enumerate(program.ops):
+        if _is_array(op):
+            held += sum(sizes[v] for v in op.outputs)
             most = max(most, held + _inside(op.eqn))
         held -= ending.get(i, 0)
-    end = held + sum(flat.sizes[v] for v in results if v not in last)
-    return max(most, end) - sum(flat.sizes[v] for v in results)
+    end = held + sum(sizes[v] for v in results if v not in last)
+    return max(most, end) - sum(sizes[v] for v in results)
 
 
 def _inside(eqn: JaxprEqn) -> int:
     """Bytes of arrays that are held only while a loop or a branch runs."""
     if eqn.primitive.name not in LOOPS:
         return 0
-    return max(map(_temporaries, _inner(eqn)))
+    return max(map(_temporaries, inner(eqn)))
 
 
-def _inner(eqn: JaxprEqn) -> list[Jaxpr]:
-    values = [x for value in eqn.params.values() for x in (value if isinstance(value, tuple | list) else (value,))]
-    return [x.jaxpr if isinstance(x, ClosedJaxpr) else x for x in values if isinstance(x, ClosedJaxpr | Jaxpr)]
-
-
-def _nbytes(var: Any) -> int:
-    if isinstance(var, Literal) or not hasattr(var.aval, "dtype"):
-        return 0
-    return var.aval.size * getattr(var.aval.dtype, "itemsize", 4)
+def _nbytes(aval: Any) -> int:
+    return aval.size * getattr(aval.dtype, "itemsize", 4) if hasattr(aval, "dtype") else 0

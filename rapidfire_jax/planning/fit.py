@@ -1,15 +1,16 @@
 """What the programs of a run need on a device that is not there, by compiling them for it where that can be done."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
-from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 from jax.extend.core import ClosedJaxpr
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from pallas_kernels import hopper
+from pallas_kernels import dispatch, hopper
 from rapidfire_jax.config import OnlineRunConfig, load_config
 from rapidfire_jax.memory.devices import Device
 from rapidfire_jax.planning.abstract import abstract_run
@@ -101,12 +102,13 @@ def fit(config: OnlineRunConfig, device: Device, tell: Callable[[str], None] = l
       InputError: see `abstract_run`.
     """
     run, chosen, reasons = abstract_run(config, device.dtype), None, why_estimated(device)
-    need = partial(_estimated if reasons else _compiled, device)
+    need = functools.partial(_estimated if reasons else _compiled, device)
     if config.memory.remat == "auto":
         tell("remat plan")
-        args = run.recipe.largest(run.policy, run.state)["learn"]
         left = dataclasses.replace(device, memory=device.memory - _bytes(run.rewards))
-        learn = lambda policy: run.recipe.programs(policy).learn  # noqa: E731
+        programs_of = functools.cache(run.recipe.programs)
+        args = run.recipe.largest(programs_of(run.policy).rollout, run.state)["learn"]
+        learn = lambda policy: programs_of(policy).learn  # noqa: E731
         with jax.sharding.use_abstract_mesh(_mesh(device)):
             policy, chosen = fit_plan(run.policy, learn, args, config.memory, left, lambda *call: need(*call).need)
         run = dataclasses.replace(run, policy=policy)
@@ -116,7 +118,8 @@ def fit(config: OnlineRunConfig, device: Device, tell: Callable[[str], None] = l
         own = {id(x) for x in jax.tree.leaves(args)}
         resident = sum(_bytes(x) for x in jax.tree.leaves((run.state, run.rewards)) if id(x) not in own)
         found, steps = need(program, args), run.recipe.sampling.max_new_tokens
-        work = flops(jax.make_jaxpr(program.function)(*args).jaxpr, steps)
+        with dispatch.prefer("xla", "chunked", "scan"):
+            work = flops(jax.make_jaxpr(program.function)(*args).jaxpr, steps)
         nbytes = moved(_traced(device, program, args).jaxpr, steps)
         seconds = device.seconds(work, nbytes, device.dtype)
         complete = dataclasses.replace(found.need, resident=resident)
@@ -164,20 +167,17 @@ class Remedy:
 
 
 def remedies(
-    path: Any, overrides: list[str], config: OnlineRunConfig, device: Device, tell: Callable[[str], None]
+    path: Path, overrides: list[str], config: OnlineRunConfig, device: Device, tell: Callable[[str], None]
 ) -> Iterator[Remedy]:
     """Tries settings that save memory: one after the other, each on top of those before, until the run fits."""
     taken: tuple[str, ...] = ()
-    for override in _savings(config):
-        taken = (*taken, *override.split())
-        found = fit(load_config(path, [*overrides, *taken]), device, partial(_tell, tell, override))
+    for settings in _savings(config):
+        taken = (*taken, *settings.split())
+        tell(f"with {settings}")
+        found = fit(load_config(path, [*overrides, *taken]), device, tell)
         yield Remedy(taken, found.peak, found.fits)
         if found.fits:
             return
-
-
-def _tell(tell: Callable[[str], None], override: str, name: str) -> None:
-    tell(f"{override}: {name}")
 
 
 def _savings(config: OnlineRunConfig) -> list[str]:

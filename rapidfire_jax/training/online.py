@@ -13,135 +13,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from rapidfire_jax.algorithms import online, tasks
+from rapidfire_jax.algorithms import tasks
 from rapidfire_jax.algorithms.advantages import informative_groups
 from rapidfire_jax.algorithms.online import OnlineAlgorithm, Rollouts
-from rapidfire_jax.algorithms.train_state import TrainState
-from rapidfire_jax.config import OnlineRunConfig, RolloutConfig
+from rapidfire_jax.config import OnlineRunConfig
 from rapidfire_jax.data.prompts import PromptSet, load_prompts, pad_batch, prompt_buckets
 from rapidfire_jax.models.policy import Policy
-from rapidfire_jax.models.quantization import cast, round_inputs
 from rapidfire_jax.models.tokenizer import stop_ids
-from rapidfire_jax.programs import Program, peak_bytes
+from rapidfire_jax.programs import peak_bytes
 from rapidfire_jax.rewards.base import Reward, Scores, load_reward
-from rapidfire_jax.rollout.generate import SamplingConfig, generate
 from rapidfire_jax.training.evaluate import evaluate_policy, response_tokens, win_rate
-from rapidfire_jax.training.job import check_finite, learning_rate
-from rapidfire_jax.training.models import load_trainee, numbers_of, run_keys, static_of
+from rapidfire_jax.training.job import check_finite
+from rapidfire_jax.training.models import load_trainee, run_keys
 from rapidfire_jax.training.plots import ONLINE_PLOTS
+from rapidfire_jax.training.recipe import recipe_of
 from rapidfire_jax.training.remat import fit_plan
-
-
-@dataclasses.dataclass(frozen=True)
-class Programs:
-    """The compiled programs of a run. The jit boundary of the project."""
-
-    rollout: Program  # (frozen, trainable, ids, mask, key, temperature) -> Rollouts
-    reference: Program  # (frozen, rollouts, temperature) -> ref_logp_t
-    learn: Program  # (state, rollouts, hparams, key) -> (state, metrics); donates state
-
-
-def compile_programs(
-    algorithm: OnlineAlgorithm,
-    policy: Policy,
-    sampling: SamplingConfig,
-    optimizer: optax.GradientTransformation,
-    config: Any,
-    decoding: RolloutConfig,
-) -> Programs:
-    """Binds the static half of a run to the pure functions and jits them."""
-
-    def rollout(frozen, trainable, ids, mask, key, temperature):
-        if decoding.dtype is not None:
-            frozen = cast(frozen, decoding.dtype)
-            trainable = cast(trainable, decoding.dtype) if policy.full else trainable
-        model = policy.merge(round_inputs(frozen) if decoding.activations else frozen, trainable)
-        if decoding.dtype is not None:
-            model.precision = dataclasses.replace(model.precision, compute=decoding.dtype)
-        out = generate(model, ids, mask, key, temperature + config.temperature_shift, config=sampling)
-        v_t = out.v_t if algorithm.has_critic else None
-        return Rollouts(out.tokens, out.attention_mask, out.mask_t, out.ended, out.logp_t, v_t)
-
-    def reference(frozen, rollouts, temperature):
-        length = rollouts.mask_t.shape[1]
-        inputs = policy.encode(frozen, rollouts.tokens, rollouts.attention_mask)
-        return policy.reference(frozen, inputs, length, temperature + config.temperature_shift)
-
-    def learn(state, rollouts, hparams, key):
-        return online.learn(
-            algorithm,
-            state,
-            rollouts,
-            hparams,
-            key,
-            apply=policy.apply,
-            reference=policy.reference,
-            encode=policy.encode,
-            optimizer=optimizer,
-            config=config,
-        )
-
-    return Programs(Program("rollout", rollout), Program("reference", reference), Program("learn", learn, donate=(0,)))
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Recipe:
-    """What makes programs and their arguments of a configuration, without weights or data."""
-
-    config: OnlineRunConfig
-    sampling: SamplingConfig
-    static: Any  # of the algorithm
-    optimizer: optax.GradientTransformation
-
-    @functools.cache  # noqa: B019  as long as the job
-    def programs(self, policy: Policy) -> Programs:
-        """The programs of a policy."""
-        algorithm = tasks()[self.config.task]
-        return compile_programs(algorithm, policy, self.sampling, self.optimizer, self.static, self.config.rollout)
-
-    def hparams(self, iteration: int) -> Any:
-        """The numbers of an iteration, as float32 arrays so that none of them is a constant of the program."""
-        config = self.config
-        own = config.critic.optimizer
-        return numbers_of(
-            config,
-            learning_rate=learning_rate(config.optimizer, iteration, config.training.iterations),
-            critic_learning_rate=None if own is None else learning_rate(own, iteration, config.training.iterations),
-            temperature=config.rollout.temperature,
-        )
-
-    def largest(self, policy: Policy, state: TrainState) -> dict[str, tuple[Any, ...]]:
-        """Arguments of each program, in part as shapes alone, with the longest prompts."""
-        rows, length = self.config.rollout.batch_size, prompt_buckets(self.config.data.max_prompt_length)[-1]
-        prompts, mask = (jax.ShapeDtypeStruct((rows, length), dtype) for dtype in (jnp.int32, bool))
-        hparams, key = self.hparams(0), jax.random.key(0)
-        rollout = state.frozen, state.trainable, prompts, mask, key, hparams.temperature
-        rollouts = jax.eval_shape(self.programs(policy).rollout.function, *rollout)
-        scored = dataclasses.replace(rollouts, score=jax.ShapeDtypeStruct((rows,), jnp.float32))
-        return {
-            "rollout": rollout,
-            "reference": (state.frozen, rollouts, hparams.temperature),
-            "learn": (state, scored, hparams, key),
-        }
-
-
-def recipe_of(
-    config: OnlineRunConfig, eos_ids: tuple[int, ...], eos_id: int | None, optimizer: optax.GradientTransformation
-) -> Recipe:
-    """The recipe of a configuration; `eos_ids` end a response, `eos_id` is the tokenizer's."""
-    rollout = config.rollout
-    sampling = SamplingConfig(
-        max_new_tokens=rollout.max_new_tokens,
-        eos_ids=eos_ids,
-        top_k=rollout.top_k,
-        top_p=rollout.top_p,
-        min_p=rollout.min_p,
-        int8_cache=rollout.cache == "int8",
-    )
-    static = static_of(config, recompute=rollout.log_probs == "recompute", eos_id=eos_id)
-    return Recipe(config, sampling, static, optimizer)
 
 
 @dataclasses.dataclass
@@ -194,12 +81,11 @@ class OnlineJob:
         self.taken = 0  # batches of prompts
         assert isinstance(trainee.model, Policy)
         self.policy, self.fitted = trainee.model, None
+        programs = functools.cache(self.recipe.programs)  # what was compiled to find a plan is what runs
         if config.memory.remat == "auto":
-            args = self.recipe.largest(self.policy, self.state)["learn"]
-            self.policy, self.fitted = fit_plan(
-                self.policy, lambda policy: self.recipe.programs(policy).learn, args, config.memory
-            )
-        self.programs = self.recipe.programs(self.policy)
+            args = self.recipe.largest(programs(self.policy).rollout, self.state)["learn"]
+            self.policy, self.fitted = fit_plan(self.policy, lambda policy: programs(policy).learn, args, config.memory)
+        self.programs = programs(self.policy)
 
     def _try_rewards(self, prompts: PromptSet) -> None:
         """Calls the rewards once on two prompts, so that a broken one is known before any time is spent."""

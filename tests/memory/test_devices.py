@@ -33,8 +33,8 @@ def test_an_unknown_name_is_told_the_nearest_and_all():
 
 def test_roofline():
     h100 = find_device("h100-80gb")
-    assert h100.seconds(989e12, 1.0, jnp.bfloat16) == pytest.approx(1.0)
-    assert h100.seconds(494e12, 1.0, jnp.float32) == pytest.approx(1.0)
+    assert h100.seconds(990e12, 1.0, jnp.bfloat16) == pytest.approx(1.0)
+    assert h100.seconds(495e12, 1.0, jnp.float32) == pytest.approx(1.0)
     assert h100.seconds(1.0, 3.35e12, jnp.bfloat16) == pytest.approx(1.0)
 
 

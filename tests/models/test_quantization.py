@@ -16,9 +16,9 @@ from rapidfire_jax import FlaxAutoModelForCausalLM, SamplingConfig, generate, ma
 from rapidfire_jax.errors import InputError
 from rapidfire_jax.models.auto import open_checkpoint
 from rapidfire_jax.models.export import save_pretrained
-from rapidfire_jax.models.heads import CausalLM, RewardModel
+from rapidfire_jax.models.heads import RewardModel
 from rapidfire_jax.models.lora import add_lora, merge_lora
-from rapidfire_jax.models.quantization import shape_of
+from rapidfire_jax.models.quantization import cast, multiply, round_inputs, shape_of
 from rapidfire_jax.models.weights import parameters
 from tests.helpers.tiny import padded_batch, tiny_model
 
@@ -177,6 +177,38 @@ def test_a_cache_of_8_bits_decodes_nearly_the_same(int8):
     assert step[1].layers[1].keys.dtype == cache.layers[1].keys.dtype
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_products_of_integers(dtype):
+    x = jax.random.normal(jax.random.key(0), (3, 5, 64), dtype) * 3
+    x = x.at[0, 0].set(0)
+    w = quantize(jax.random.normal(jax.random.key(1), (32, 64)), "int8")
+    wide, codes, scales = (np.asarray(a, np.float64) for a in (x, w.codes, w.scale))
+    unit = np.abs(wide).max(axis=-1, keepdims=True) / 127
+    rounded = np.round(wide / np.where(unit == 0, 1, unit))
+    found = multiply(x, round_inputs(w))
+    assert found.dtype == dtype
+    wanted = (rounded @ codes.T) * unit * scales
+    rtol = 1e-2 if dtype == "bfloat16" else 1e-5
+    np.testing.assert_allclose(np.asarray(found, np.float64), wanted, rtol=rtol, atol=1e-2 * np.abs(wanted).max())
+    assert (np.asarray(found, np.float32)[0, 0] == 0).all()
+
+
+def test_a_rollout_in_integers_is_nearly_that_of_the_rounded_weights(folder):
+    model = FlaxAutoModelForCausalLM.from_pretrained(str(folder), quantize="int8")
+    graphdef, state = nnx.split(model)
+    integers = nnx.merge(graphdef, round_inputs(state))
+    exact = np.asarray(model(TOKENS, MASK))
+    error = np.abs(np.asarray(integers(TOKENS, MASK)) - exact).max() / np.abs(exact).max()
+    assert 0 < error < 0.05
+
+
+def test_casting_leaves_codes_and_scales_alone(folder):
+    state = nnx.state(FlaxAutoModelForCausalLM.from_pretrained(str(folder), quantize="nf4"))
+    kept, plain = (tree["blocks"]["q_proj"]["kernel"].get_value() for tree in (cast(state, "bfloat16"), state))
+    assert jax.tree.map(lambda x: x.dtype, kept) == jax.tree.map(lambda x: x.dtype, plain)
+    assert cast(state, "bfloat16")["embedding"].get_value().dtype == jnp.bfloat16
+
+
 def broken(tmp_path, change):
     folder = tmp_path / "broken"
     shutil.copytree(GOLDEN / "bitsandbytes" / "nf4", folder)
@@ -227,4 +259,3 @@ def test_bad_settings(folder, tmp_path):
     model = FlaxAutoModelForCausalLM.from_pretrained(str(folder), quantize="int8")
     with pytest.raises(InputError, match=r"quantised weights are frozen; train adapters"):
         make_policy(model, jax.random.key(0), lora=None)
-    assert isinstance(model, CausalLM)

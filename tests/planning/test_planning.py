@@ -1,5 +1,6 @@
 """A run is planned from its configuration: shapes are those of the real run, programs are compiled for an H100."""
 
+import dataclasses
 import json
 
 import jax
@@ -11,7 +12,7 @@ from pallas_kernels import hopper
 from rapidfire_jax.cli import app
 from rapidfire_jax.config import load_config
 from rapidfire_jax.errors import InputError
-from rapidfire_jax.memory.devices import find_device
+from rapidfire_jax.memory.devices import DEVICES, find_device
 from rapidfire_jax.planning.abstract import abstract_run
 from rapidfire_jax.planning.architectures import KNOWN, architecture
 from rapidfire_jax.planning.costs import flops, largest_buffers
@@ -106,6 +107,32 @@ def test_estimates(monkeypatch, device):
     for program in found.programs:
         assert program.need.arguments > 250e6 and program.need.temporaries > 1e6
         assert program.flops > 1e9 and program.bytes_accessed > 250e6 and program.seconds > 0
+
+
+@pytest.mark.parametrize("enough", [True, False])
+def test_what_does_not_fit_is_told_with_what_was_tried(monkeypatch, enough):
+    monkeypatch.setattr(hopper, "toolchain", lambda: ["no compiler"])
+    config = load_config(QUICKSTART, ["model.dtype=bfloat16"])
+    before = fit(config, find_device("h100-80gb")).peak
+    small = dataclasses.replace(find_device("h100-80gb"), memory=before - 1 if enough else 1000)
+    monkeypatch.setitem(DEVICES, "h100-80gb", small)
+    result = CliRunner().invoke(app, ["plan", str(QUICKSTART), "model.dtype=bfloat16", "--json"])
+    found = json.loads(result.stdout)
+    assert result.exit_code == 3 and not found["fits"]
+    assert found["peak_bytes"] == before
+    fits = [tried["fits"] for tried in found["tried"]]
+    assert fits == [False] * (len(fits) - 1) + [enough]
+    assert found["tried"][0]["overrides"] == ["rollout.cache=int8"]
+    overrides = found["tried"][-1]["overrides"]
+    again = fit(load_config(QUICKSTART, ["model.dtype=bfloat16", *overrides]), small)
+    assert (again.peak, again.fits) == (found["tried"][-1]["peak_bytes"], enough)
+
+
+def test_a_judge_that_is_a_model_lies_in_memory_too():
+    entry = {"model": "Ray2333/GRM-llama3-8B-distill", "quantize": "nf4"}
+    run = abstract_run(load_config(LLAMA, [f"judge={json.dumps(entry)}"]), "bfloat16")
+    assert len(run.rewards) == 2
+    assert list(run.calls()) == ["rollout", "reference", "learn", "reward 1", "reward 2"]
 
 
 def test_arrays_are_held_until_they_are_read_last():

@@ -55,6 +55,13 @@ def changed(before, after):
     return jax.tree.map(lambda a, b: bool(np.any(np.asarray(a) != np.asarray(b))), before, after)
 
 
+def test_quantised_weights_integer_products_and_a_cache_of_8_bits(online, finish):
+    changes = {"cache": "int8", "activations": "int8"}
+    done = finish(online("ppo", model={"quantize": "int8"}, rollout=changes))
+    assert_exported(done)
+    assert all(0 < record["policy/rollout_mismatch"] < 0.2 for record in done.records)
+
+
 def test_ppo_with_a_judge_running_statistics_and_an_optimizer_of_the_critic(online, finish):
     settings = {
         "rl": {"reward_normalization": "running", "kl_target": 1.0, "kl_horizon": 8.0},

@@ -62,6 +62,8 @@ LARGEST_GEMMA = (46, 62)  # layers of Gemma 2 27B and Gemma 3 27B, which scale q
 class GGUFCheckpoint:
     """The tensors of a GGUF file in the layout that `gguf_layout` describes."""
 
+    format: str | None = None  # blocks are restored when they are read
+
     def __init__(self, file: GGUFFile, config: DecoderConfig):
         self.where = file.path
         self.shapes = {name: info.shape for name, info in file.tensors.items()}
