@@ -28,9 +28,9 @@ class Moments(NamedTuple):
     """Exponential averages of gradients (m) and of their squares (v): 2 bytes an element and 8 a block."""
 
     m_codes: Int8[Array, "*M"]
-    m_scales: Float[Array, "blocks"]  # float32, of |m|
+    m_scales: Float[Array, " blocks"]  # float32, of |m|
     v_codes: UInt8[Array, "*M"]
-    v_scales: Float[Array, "blocks"]  # float32, of sqrt(v)
+    v_scales: Float[Array, " blocks"]  # float32, of sqrt(v)
 
 
 class Numbers(NamedTuple):

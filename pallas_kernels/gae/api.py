@@ -24,7 +24,7 @@ def gae(
     mask_t: Bool[Array, "B T"],
     gamma: Float[Array, ""] | float,
     lam: Float[Array, ""] | float,
-    next_v: Float[Array, "B"] | None = None,
+    next_v: Float[Array, " B"] | None = None,
     *,
     implementation: str | None = None,
 ) -> Advantages:

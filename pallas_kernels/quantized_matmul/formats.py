@@ -143,7 +143,7 @@ def quantize(w: Float[Array, "*L N K"], format: str) -> Quantized:
 def from_row_major(
     codes: UInt8[Array, "N K"],
     scale_codes: UInt8[Array, "N K/64"],
-    block_scales: Float[Array, "N*K/64/256"],
+    block_scales: Float[Array, " N*K/64/256"],
     offset: Float[Array, ""],
     format: str,
 ) -> Quantized:

@@ -35,7 +35,7 @@ def rms_norm(
 ) -> Normed: ...
 def rms_norm(
     x: Float[Array, "*M D"],
-    scale: Float[Array, "D"],
+    scale: Float[Array, " D"],
     residual: Float[Array, "*M D"] | None = None,
     *,
     eps: float = 1e-6,

@@ -15,18 +15,18 @@ from pallas_kernels.sampling.reference import sample_reference
 class Sample(NamedTuple):
     """What was drawn."""
 
-    token: Int[Array, "B"]  # int32
-    logp: Float[Array, "B"]  # nats, float32
+    token: Int[Array, " B"]  # int32
+    logp: Float[Array, " B"]  # nats, float32
 
 
 def sample(
     logits: Float[Array, "B V"],
     key: Array | None,
     *,
-    temperature: Float[Array, "B"] | Float[Array, ""] | float = 1.0,
+    temperature: Float[Array, " B"] | Float[Array, ""] | float = 1.0,
     top_k: int = 0,
-    top_p: Float[Array, "B"] | Float[Array, ""] | float = 1.0,
-    min_p: Float[Array, "B"] | Float[Array, ""] | float = 0.0,
+    top_p: Float[Array, " B"] | Float[Array, ""] | float = 1.0,
+    min_p: Float[Array, " B"] | Float[Array, ""] | float = 0.0,
     greedy: bool = False,
     implementation: str | None = None,
 ) -> Sample:

@@ -17,7 +17,7 @@ def discounted_returns(
     return gae(r_t, jnp.zeros_like(r_t), mask_t, gamma, 1.0)[0]
 
 
-def group_advantages(score: Float[Array, "B"], group_size: int, scaling: Scaling = "std") -> Float[Array, "B"]:
+def group_advantages(score: Float[Array, " B"], group_size: int, scaling: Scaling = "std") -> Float[Array, " B"]:
     """Score of each response relative to the others of its prompt: `score - mean`, over `std + 1e-4` if so scaled.
 
     Args:
@@ -38,7 +38,7 @@ def group_advantages(score: Float[Array, "B"], group_size: int, scaling: Scaling
     return centred.reshape(-1)
 
 
-def leave_one_out_advantages(score: Float[Array, "B"], group_size: int) -> Float[Array, "B"]:
+def leave_one_out_advantages(score: Float[Array, " B"], group_size: int) -> Float[Array, " B"]:
     """`score_i - mean of the other G - 1 scores of the same prompt`.
 
     Args:
@@ -57,7 +57,7 @@ def leave_one_out_advantages(score: Float[Array, "B"], group_size: int) -> Float
     return (groups - others).reshape(-1)
 
 
-def informative_groups(score: Float[Array, "B"], group_size: int) -> Bool[Array, "B"]:
+def informative_groups(score: Float[Array, " B"], group_size: int) -> Bool[Array, " B"]:
     """True for the responses of prompts whose responses were not all scored alike: only these have a gradient.
 
     References:
@@ -67,7 +67,7 @@ def informative_groups(score: Float[Array, "B"], group_size: int) -> Bool[Array,
     return (groups.max(axis=1) > groups.min(axis=1)).repeat(group_size)
 
 
-def _groups(score: Float[Array, "B"], group_size: int) -> Float[Array, "P G"]:
+def _groups(score: Float[Array, " B"], group_size: int) -> Float[Array, "P G"]:
     if score.shape[0] % group_size:
         raise ValueError(f"{score.shape[0]} responses cannot be cut into groups of {group_size}")
     return score.reshape(-1, group_size)

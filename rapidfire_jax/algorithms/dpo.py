@@ -50,7 +50,7 @@ def dpo_loss(
     ref_logp: Float[Array, "B 2"],
     hparams: DPOHParams,
     config: DPOConfig = DPOConfig(),
-    valid: Bool[Array, "B"] | None = None,
+    valid: Bool[Array, " B"] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""], PartialMetrics]:
     """Loss of pairs as `(sum, count, metrics)`. With `h = (logp - ref_logp)[chosen] - (logp - ref_logp)[rejected]`:
 

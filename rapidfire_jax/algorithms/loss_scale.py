@@ -51,7 +51,7 @@ def all_finite(*arrays: Array) -> Bool[Array, ""]:
     return jnp.stack([jnp.isfinite(x).all() for x in arrays]).all()
 
 
-def over_steps(metrics: Metrics, taken: Bool[Array, "N"]) -> Metrics:
+def over_steps(metrics: Metrics, taken: Bool[Array, " N"]) -> Metrics:
     """One number a metric from those of N float16 steps, of which the first ones were `taken` or skipped.
 
     The mean of those that are finite, NaN if none is; loss scale and number of skipped steps of the last step.

@@ -62,7 +62,7 @@ class PreferenceBatch:
     tokens: Int[Array, "B 2 S"]
     attention_mask: Bool[Array, "B 2 S"]
     mask_t: Bool[Array, "B 2 T"]  # True on response tokens
-    margin: Float[Array, "B"]  # by how much the chosen one is better; 0 where the data do not say
+    margin: Float[Array, " B"]  # by how much the chosen one is better; 0 where the data do not say
 
 
 @jax.tree_util.register_dataclass
@@ -72,15 +72,15 @@ class LabelledBatch:
 
     tokens: Int[Array, "B S"]
     attention_mask: Bool[Array, "B S"]
-    label: Float[Array, "B"]  # probability that the text is of the class: 0, 1 or between
+    label: Float[Array, " B"]  # probability that the text is of the class: 0, 1 or between
 
 
-def only(x: Float[Array, "B *N"], valid: Bool[Array, "B"] | None) -> Float[Array, "B *N"]:
+def only(x: Float[Array, " B *N"], valid: Bool[Array, " B"] | None) -> Float[Array, " B *N"]:
     """`x`, and 0 in the rows that are not `valid`: what stands there has neither effect nor gradient."""
     return x if valid is None else jnp.where(valid.reshape(-1, *[1] * (x.ndim - 1)), x, 0.0)
 
 
-def counted(values: Float[Array, "B"], valid: Bool[Array, "B"] | None) -> tuple[Float[Array, ""], Float[Array, ""]]:
+def counted(values: Float[Array, " B"], valid: Bool[Array, " B"] | None) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """`(sum, count)` of `values` over the rows that are `valid`; None: over all."""
     return masked_sum(values, jnp.ones(values.shape, bool) if valid is None else valid)
 

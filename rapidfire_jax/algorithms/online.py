@@ -99,13 +99,13 @@ class Rollouts:
     tokens: Int[Array, "B S"]
     attention_mask: Bool[Array, "B S"]  # True on real tokens of prompt and response
     mask_t: Bool[Array, "B T"]  # True on response tokens up to and including EOS
-    ended: Bool[Array, "B"]  # the response has an EOS
+    ended: Bool[Array, " B"]  # the response has an EOS
     old_logp_t: Float[Array, "B T"]  # nats, under the policy that sampled
     old_v_t: Float[Array, "B T"] | None = None
     ref_logp_t: Float[Array, "B T"] | None = None  # nats, under the reference policy
-    score: Float[Array, "B"] | None = None  # reward of the whole response
+    score: Float[Array, " B"] | None = None  # reward of the whole response
     token_reward_t: Float[Array, "B T"] | None = None  # rewards of single tokens, besides the score
-    next_v: Float[Array, "B"] | None = None  # value of the state after the last token
+    next_v: Float[Array, " B"] | None = None  # value of the state after the last token
     importance_t: Float[Array, "B T"] | None = None  # capped ratio of the trained policy to the sampler
 
 

@@ -34,9 +34,9 @@ class RewardModelHParams(offline.OfflineHParams):
 
 def preference_loss(
     score: Float[Array, "B 2"],
-    margin: Float[Array, "B"],
+    margin: Float[Array, " B"],
     hparams: RewardModelHParams,
-    valid: Bool[Array, "B"] | None = None,
+    valid: Bool[Array, " B"] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""], PartialMetrics]:
     """Bradley-Terry loss of pairs as `(sum, count, metrics)`:
 
@@ -65,7 +65,7 @@ def preference_loss(
 
 
 def classification_loss(
-    score: Float[Array, "B"], label: Float[Array, "B"], valid: Bool[Array, "B"] | None = None
+    score: Float[Array, " B"], label: Float[Array, " B"], valid: Bool[Array, " B"] | None = None
 ) -> tuple[Float[Array, ""], Float[Array, ""], PartialMetrics]:
     """Cross entropy of texts as `(sum, count, metrics)`: `-label log s(score) - (1 - label) log s(-score)`.
 

@@ -32,7 +32,7 @@ def init_stats() -> RunningStats:
     return RunningStats(jnp.ones(()), jnp.zeros(()), jnp.zeros(()), jnp.zeros(()))
 
 
-def add_scores(stats: RunningStats, score: Float[Array, "B"]) -> RunningStats:
+def add_scores(stats: RunningStats, score: Float[Array, " B"]) -> RunningStats:
     """Statistics of all scores so far and those of one more batch.
 
     References:
@@ -50,8 +50,8 @@ def add_scores(stats: RunningStats, score: Float[Array, "B"]) -> RunningStats:
 
 
 def normalize_scores(
-    score: Float[Array, "B"], stats: RunningStats, how: Normalization
-) -> tuple[Float[Array, "B"], RunningStats]:
+    score: Float[Array, " B"], stats: RunningStats, how: Normalization
+) -> tuple[Float[Array, " B"], RunningStats]:
     """Scores shifted and scaled to mean 0 and standard deviation 1, and the statistics to carry on.
 
         running      over all rollouts of the run so far, these included
@@ -72,7 +72,7 @@ def normalize_scores(
     return (score - updated.score_mean) / jnp.where(deviation > 0, deviation + 1e-6, 1.0), updated
 
 
-def overlong_fraction(length: Float[Array, "B"], limit: int, buffer: Float[Array, ""] | float) -> Float[Array, "B"]:
+def overlong_fraction(length: Float[Array, " B"], limit: int, buffer: Float[Array, ""] | float) -> Float[Array, " B"]:
     """How far a response reaches into the last `buffer` of `limit` tokens: 0 before them, 1 at the end.
 
     References:
@@ -82,8 +82,12 @@ def overlong_fraction(length: Float[Array, "B"], limit: int, buffer: Float[Array
 
 
 def shape_scores(
-    score: Float[Array, "B"], ended: Bool[Array, "B"], length: Float[Array, "B"], limit: int, hparams: "OnlineHParams"
-) -> Float[Array, "B"]:
+    score: Float[Array, " B"],
+    ended: Bool[Array, " B"],
+    length: Float[Array, " B"],
+    limit: int,
+    hparams: "OnlineHParams",
+) -> Float[Array, " B"]:
     """Clips scores to `[-reward_clip, reward_clip]`, then subtracts the penalties of missing EOS and of length.
 
     Args:

@@ -32,8 +32,8 @@ class KVCache:
     """Keys and values of the tokens seen so far."""
 
     layers: tuple[LayerCache, ...]
-    starts: Int[Array, "B"]  # slot of a row's first real token
-    ends: Int[Array, "B"]  # slot after its last one
+    starts: Int[Array, " B"]  # slot of a row's first real token
+    ends: Int[Array, " B"]  # slot after its last one
 
 
 class Layer(NamedTuple):
@@ -198,9 +198,9 @@ class Decoder(nnx.Module):
         self,
         layers: list[Layer],
         cache: KVCache,
-        token: Int[Array, "B"],
-        mask: Bool[Array, "B"],
-        position: Int[Array, "B"],
+        token: Int[Array, " B"],
+        mask: Bool[Array, " B"],
+        position: Int[Array, " B"],
     ) -> tuple[Float[Array, "B D"], KVCache]:
         """Adds one token to each row of the cache; its hidden state. Where `mask` is False, the row stays as it was."""
         x = self._embed(token[:, None], position[:, None])

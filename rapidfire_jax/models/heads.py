@@ -21,7 +21,7 @@ class ValueParam(nnx.Param):
 class ValueHead(NamedTuple):
     """Arrays of a linear critic."""
 
-    kernel: Float[Array, "D"]
+    kernel: Float[Array, " D"]
     bias: Float[Array, ""] | None  # None for the head of a `RewardModel`
 
 
@@ -111,7 +111,7 @@ class RewardModel(Decoder):
         positions: Int[Array, "B S"] | None = None,
         *,
         remat: Remat | None = None,
-    ) -> Float[Array, "B"]:
+    ) -> Float[Array, " B"]:
         """Reward of each row, float32: the head at the row's last real token, wherever padding stands."""
         hidden = self.hidden(tokens, mask, positions, remat=remat)
         real = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
@@ -119,6 +119,6 @@ class RewardModel(Decoder):
         return self.value(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
 
 
-def _new_score(key: Array, width: int, dtype: DTypeLike) -> Float[Array, "D"]:
+def _new_score(key: Array, width: int, dtype: DTypeLike) -> Float[Array, " D"]:
     """N(0, 1 / (D + 1)), as Stiennon et al. 2020 start a reward model (appendix B.2)."""
     return jax.random.normal(key, (width,), dtype) * jnp.asarray((width + 1) ** -0.5, dtype)

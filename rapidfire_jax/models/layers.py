@@ -62,8 +62,8 @@ class Slots(NamedTuple):
     """The cache of one layer, and where in it each row's sequence stands."""
 
     cache: LayerCache
-    starts: Int[Array, "B"]  # slot of the first token
-    ends: Int[Array, "B"]  # slot after the last one, where the next is written
+    starts: Int[Array, " B"]  # slot of the first token
+    ends: Int[Array, " B"]  # slot after the last one, where the next is written
 
     def write(self, keys: Float[Array, "B K H"], values: Float[Array, "B K H"]) -> LayerCache:
         """The cache with the next token of each row in it."""

@@ -42,7 +42,7 @@ class TokenOutputs(NamedTuple):
     logp_t: Float[Array, "B T"]  # nats
     entropy_t: Float[Array, "B T"]  # nats
     v_t: Float[Array, "B T"] | None  # critic, from the state before token t; None without one
-    next_v: Float[Array, "B"] | None  # critic, from the state after the last token
+    next_v: Float[Array, " B"] | None  # critic, from the state after the last token
 
 
 class Inputs(NamedTuple):

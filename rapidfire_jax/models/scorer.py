@@ -25,7 +25,7 @@ class Scorer:
 
     def apply(
         self, frozen: Params, trainable: Params, tokens: Int[Array, "B S"], attention_mask: Bool[Array, "B S"]
-    ) -> Float[Array, "B"]:
+    ) -> Float[Array, " B"]:
         """Score of each row at its last real token, float32; gradients flow to `trainable`."""
         return self.merge(frozen, trainable)(tokens, attention_mask, remat=self.remat)
 

@@ -34,7 +34,7 @@ class Generation(NamedTuple):
     tokens: Int[Array, "B S"]  # left-padded prompt, then T response tokens
     attention_mask: Bool[Array, "B S"]
     mask_t: Bool[Array, "B T"]  # True on response tokens up to and including EOS
-    ended: Bool[Array, "B"]  # the response has an EOS
+    ended: Bool[Array, " B"]  # the response has an EOS
     logp_t: Float[Array, "B T"]  # nats at the given temperature, of the whole distribution; 0 after EOS
     v_t: Float[Array, "B T"]  # critic's values; 0 after EOS and for a model without value head
 
@@ -43,7 +43,7 @@ class _Loop(NamedTuple):
     t: Int[Array, ""]
     key: Array
     cache: "KVCache"
-    running: Bool[Array, "B"]
+    running: Bool[Array, " B"]
     tokens: Int[Array, "B T"]
     mask_t: Bool[Array, "B T"]
     logp_t: Float[Array, "B T"]

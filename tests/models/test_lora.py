@@ -56,7 +56,8 @@ def test_leaves_scale_and_independent_matrices():
 
 def test_adapted_kernel_is_w_plus_scaled_product():
     model = with_adapters(("v_proj",))
-    linear = model.layers()[1].v_proj
+    graphdef, stacked = nnx.split(model.blocks.v_proj)
+    linear = nnx.merge(graphdef, jax.tree.map(lambda w: w[1], stacked))
     x = jax.random.normal(jax.random.key(3), (5, TINY.hidden_size))
     w, a, b = (np.asarray(leaf[...], np.float64) for leaf in (linear.kernel, linear.lora_a, linear.lora_b))
     np.testing.assert_allclose(linear(x), np.asarray(x, np.float64) @ (w + 1.5 * a @ b), rtol=1e-5, atol=1e-5)

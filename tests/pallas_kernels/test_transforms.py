@@ -27,6 +27,7 @@ from pallas_kernels import (
     sample,
 )
 from pallas_kernels.catalogue import CATALOGUE
+from pallas_kernels.launch import varying_axes
 from tests.helpers.agreement import assert_close, normal
 from tests.helpers.devices import on_eight_devices
 from tests.helpers.tolerances import KERNEL
@@ -208,7 +209,7 @@ def shard(name: str) -> dict[str, int]:
             args = [jax.tree.map(lambda x: x[0], a) if m else a for a, m in zip(args, example.mapped, strict=True)]
             # Gradients of what all devices share have been summed by autodiff.
             return jax.tree.map(
-                lambda x: jax.lax.psum(x, "d") if launch.varying_axes(x) else x, scalar(function, example)(*args)
+                lambda x: jax.lax.psum(x, "d") if varying_axes(x) else x, scalar(function, example)(*args)
             )
 
         return jax.jit(jax.shard_map(one, mesh=mesh, in_specs=specs, out_specs=PartitionSpec()))
