@@ -19,16 +19,8 @@ PLANS = {
 }
 
 
-@pytest.fixture
-def plain_compiler():
-    """XLA without fusions: with them, a product and a sum are one operation in one program and two in another."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_are_bit_identical(problem, kind, plain_compiler):  # noqa: F811
+def test_gradients_are_bit_identical(problem, kind):  # noqa: F811
     own = problem(kind)
     expected = jax.jit(own.gradient(None))(own.adapters, own.frozen)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(expected))

@@ -12,13 +12,13 @@ from tests.helpers.tolerances import KERNEL
 from tests.pallas_kernels.test_adamw_8bit import assert_same
 
 NAMED = [
-    pytest.param(name, call, id=f"{name}: {call.name}")
+    pytest.param(name, call, id=f"{name}: {call.name}", marks=() if model == "8b" else pytest.mark.slow)
     for name, entry in CATALOGUE.items()
     for model in MODELS
     if model != "135m"
     for call in entry.calls(model)
 ]
-CALLS = [pytest.param(named.values[1], id=named.id) for named in NAMED]
+CALLS = [pytest.param(named.values[1], id=named.id, marks=named.marks) for named in NAMED]
 needs_compiler = pytest.mark.skipif(bool(hopper.toolchain()), reason="; ".join(hopper.toolchain()))
 
 

@@ -12,6 +12,7 @@ import pytest
 from pallas_kernels import hopper, linear_logprob, tuning
 from pallas_kernels.linear_logprob.mosaic_gpu import Config, heuristic
 from tests.helpers.agreement import assert_agrees, normal
+from tests.helpers.cases import spread
 from tests.helpers.tolerances import F32
 
 SINGLE, PAIR, SPLIT = Config(64, 2, 1, 1), Config(64, 2, 2, 1), Config(64, 3, 1, 2)  # columns, stages, group, splits
@@ -59,7 +60,7 @@ def float64(hidden, head, targets, temperature=1.0, soft_cap=None):
     return logps[np.arange(len(logits)), np.asarray(targets)], -(np.exp(logps) * logps).sum(1), lse[:, 0]
 
 
-@pytest.mark.parametrize(("rows", "width", "vocabulary", "dtype", "options", "config"), CASES)
+@pytest.mark.parametrize(("rows", "width", "vocabulary", "dtype", "options", "config"), spread(CASES, 9))
 def test_kernel_agrees_with_the_reference(rows, width, vocabulary, dtype, options, config):
     with simulated(config):
         args = problem(rows, width, vocabulary, dtype)

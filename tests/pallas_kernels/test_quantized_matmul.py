@@ -15,6 +15,7 @@ from pallas_kernels.quantized_matmul import reference
 from pallas_kernels.quantized_matmul.formats import DYNAMIC_MAP, FORMATS
 from pallas_kernels.quantized_matmul.mosaic_gpu import Config
 from tests.helpers.agreement import assert_agrees, assert_close, normal
+from tests.helpers.cases import spread
 from tests.helpers.tolerances import F32, KERNEL
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "nf4" / "nf4.npz"
@@ -35,7 +36,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("shape", "format", "dtype"), CASES)
+@pytest.mark.parametrize(("shape", "format", "dtype"), spread(CASES, 10))
 def test_kernel_agrees_with_the_reference(shape, format, dtype):
     m, n, k = shape
     x, w = normal(0, (m, k), dtype), quantize(normal(1, (n, k)), format)
@@ -45,14 +46,17 @@ def test_kernel_agrees_with_the_reference(shape, format, dtype):
 @pytest.mark.parametrize("format", ["int8", "nf4"])
 @pytest.mark.parametrize(
     "config",
-    [
-        Config(tile_m=8, warpgroups=1, slices=1, groups=1, stages=2, splits=4),
-        Config(tile_m=8, warpgroups=2, slices=1, groups=2, stages=2, splits=2),
-        Config(tile_m=8, warpgroups=1, slices=4, groups=2, stages=2, splits=1),
-        Config(tile_m=16, warpgroups=4, slices=1, groups=4, stages=3, splits=1),
-        Config(tile_m=16, warpgroups=2, slices=2, groups=1, stages=2, splits=2),
-        Config(tile_m=128, warpgroups=2, slices=1, groups=1, stages=3, splits=1),
-    ],
+    spread(
+        [
+            Config(tile_m=8, warpgroups=1, slices=1, groups=1, stages=2, splits=4),
+            Config(tile_m=8, warpgroups=2, slices=1, groups=2, stages=2, splits=2),
+            Config(tile_m=8, warpgroups=1, slices=4, groups=2, stages=2, splits=1),
+            Config(tile_m=16, warpgroups=4, slices=1, groups=4, stages=3, splits=1),
+            Config(tile_m=16, warpgroups=2, slices=2, groups=1, stages=2, splits=2),
+            Config(tile_m=128, warpgroups=2, slices=1, groups=1, stages=3, splits=1),
+        ],
+        2,
+    ),
 )
 def test_kernel_agrees_with_the_reference_however_the_work_is_cut(format, config):
     x, w = normal(0, (20, 512), jnp.bfloat16), quantize(normal(1, (256, 512)), format)

@@ -15,6 +15,7 @@ from pallas_kernels.numerics import LOG2E
 from pallas_kernels.sampling.mosaic_gpu import Config, ThresholdConfig
 from pallas_kernels.sampling.reference import exponential, key_bits, search, threshold
 from tests.helpers.agreement import assert_agrees, normal
+from tests.helpers.cases import spread
 
 KEY = jax.random.key(11)
 LIKELY = 1e-3  # a chi-square test with a fixed seed must not be less likely than this
@@ -71,7 +72,7 @@ def simulate(logits, key=KEY, **options):
     assert_agrees("sampling", function, (logits, key))
 
 
-@pytest.mark.parametrize(("rows", "vocabulary", "dtype", "options"), PLAIN + TRUNCATED)
+@pytest.mark.parametrize(("rows", "vocabulary", "dtype", "options"), spread(PLAIN + TRUNCATED, 10))
 def test_kernels_draw_what_the_reference_draws(rows, vocabulary, dtype, options):
     simulate(normal(vocabulary, (rows, vocabulary), dtype, scale=3), **options)
 

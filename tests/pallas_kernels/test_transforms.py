@@ -29,6 +29,7 @@ from pallas_kernels import (
 from pallas_kernels.catalogue import CATALOGUE
 from pallas_kernels.launch import varying_axes
 from tests.helpers.agreement import assert_close, normal
+from tests.helpers.cases import spread
 from tests.helpers.devices import on_eight_devices
 from tests.helpers.tolerances import KERNEL
 
@@ -158,7 +159,7 @@ def both(name: str, of: Callable[[Callable[..., Any]], Any], *, detect_races: bo
     assert_close(found, of(example.function), tolerance(name))
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", spread(EXAMPLES, 5))
 def test_vmap(name):
     example = EXAMPLES[name]
     axes = tuple(0 if m else None for m in example.mapped)
@@ -188,6 +189,7 @@ def sharded():
     return on_eight_devices("from tests.pallas_kernels.test_transforms import main; main()")
 
 
+@pytest.mark.slow
 def test_shard_map_over_eight_devices(sharded):
     assert sharded.keys() == EXAMPLES.keys()
     assert all(counts and min(counts.values()) >= 1 for counts in sharded.values())

@@ -109,7 +109,7 @@ def test_estimates(monkeypatch, device):
         assert program.flops > 1e9 and program.bytes_accessed > 250e6 and program.seconds > 0
 
 
-@pytest.mark.parametrize("enough", [True, False])
+@pytest.mark.parametrize("enough", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_what_does_not_fit_is_told_with_what_was_tried(monkeypatch, enough):
     monkeypatch.setattr(hopper, "toolchain", lambda: ["no compiler"])
     config = load_config(QUICKSTART, ["model.dtype=bfloat16"])

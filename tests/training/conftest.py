@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
 import yaml
@@ -66,8 +65,10 @@ def assets(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("assets")
     tokenizer = load_tokenizer(str(write_gguf(folder / "tokenizer.gguf", tokenizer={})))
     save_pretrained(tiny_model(vocab_size=len(tokenizer)), folder / "model", tokenizer)
-    words = ["a", "the", "red", "old", "tree", "sea", "he", "we"]
-    lines = [f'{{"prompt": "{x} {y} {z}"}}' for x in words for y in words for z in words]
+    words = ["a", "the", "red", "old", "tree", "sea", "he", "we", "see", "my"]
+    texts = [f"{x} {y} {z}" for x in words for y in words for z in words]
+    # Prompts of one bucket: a run compiles its programs once.
+    lines = [json.dumps({"prompt": text}) for text in texts if 8 < len(tokenizer(text)["input_ids"]) <= 16]
     (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (folder / "tiny_rewards.py").write_text(REWARDS, encoding="utf-8")
     return folder
@@ -103,14 +104,6 @@ def job(assets, tmp_path, monkeypatch):
         return path
 
     return write
-
-
-@pytest.fixture(scope="module")
-def quick_programs():
-    """Programs of a few rows that run a few times: what XLA would gain by optimising them, it loses many times over."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

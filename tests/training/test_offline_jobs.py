@@ -20,8 +20,6 @@ from rapidfire_jax.training.run_directory import RunDirectory
 from tests.training.test_bad_input import check, run
 from tests.training.test_job import numbers
 
-pytestmark = pytest.mark.usefixtures("quick_programs")
-
 WORDS = ["red", "old", "sea", "oak", "day", "cup", "fog", "bud"]  # of one length, so that a job has one bucket
 PROMPTS = [f"{x} {y}" for x in WORDS for y in WORDS]
 DATA = {

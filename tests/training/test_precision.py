@@ -22,8 +22,6 @@ from tests.training.test_job import numbers
 from tests.training.test_offline_jobs import data, offline  # noqa: F401
 from tests.training.test_online_jobs import online  # noqa: F401
 
-pytestmark = pytest.mark.usefixtures("quick_programs")
-
 FULL = {"type": "none"}
 EIGHT = {"name": "adamw_8bit"}
 
@@ -96,6 +94,7 @@ def test_sft_of_all_weights_in_float16(offline, finish):  # noqa: F811
     check_steps(finish(offline("sft", "completions", model={"compute_dtype": "float16"}, adapter=FULL)), 4)
 
 
+@pytest.mark.slow
 def test_ppo_on_float16_weights_and_its_resumption(online, finish, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr("rapidfire_jax.training.models.init_loss_scale", lambda: init_loss_scale(2.0**24))
     rl, training = {"epochs": 2, "minibatches": 4}, {"iterations": 2, "checkpoint_every": 1}

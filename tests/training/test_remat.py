@@ -22,8 +22,6 @@ from tests.training.test_bad_input import check, run
 from tests.training.test_offline_jobs import data, offline  # noqa: F401
 from tests.training.test_online_jobs import online  # noqa: F401
 
-pytestmark = pytest.mark.usefixtures("quick_programs")
-
 AUTO = {"remat": "auto", "budget_gb": 1.0}
 ALL = {"layers": None, "targets": "all-linear"}
 
@@ -63,6 +61,7 @@ def test_what_was_measured_is_what_runs_and_less_fits_less(online):  # noqa: F81
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), poor.state.trainable, plain.state.trainable)
 
 
+@pytest.mark.slow
 def test_policy_and_critic_share_a_budget(online, assets, tmp_path):  # noqa: F811
     tokenizer = load_tokenizer(str(assets / "model"))
     critic = RewardModel.from_causal(tiny_model(vocab_size=len(tokenizer), num_layers=2), jax.random.key(0))
@@ -73,7 +72,9 @@ def test_policy_and_critic_share_a_budget(online, assets, tmp_path):  # noqa: F8
     assert job.fitted.full < job.fitted.measured <= GIB
 
 
-@pytest.mark.parametrize(("task", "file"), [("dpo", "preferences"), ("reward_model", "labelled")])
+@pytest.mark.parametrize(
+    ("task", "file"), [pytest.param("dpo", "preferences", marks=pytest.mark.slow), ("reward_model", "labelled")]
+)
 def test_offline(offline, task, file):  # noqa: F811
     job = OfflineJob(load_config(offline(task, file, adapter=ALL, memory=AUTO)))
     assert job.fitted.full < job.fitted.measured <= GIB
@@ -82,6 +83,7 @@ def test_offline(offline, task, file):  # noqa: F811
     assert not [program for program in found if "jit(step)" in program]
 
 
+@pytest.mark.slow
 def test_training_all_weights_has_one_plan_for_all_layers(offline):  # noqa: F811
     rich = OfflineJob(load_config(offline("sft", "completions", adapter={"type": "none", "layers": None}, memory=AUTO)))
     budget = (rich.fitted.full + rich.fitted.measured) / 2 / GIB
