@@ -1,4 +1,4 @@
-"""Strict modes for the whole suite: no silent type promotion, no silent rank promotion."""
+"""Modes of the whole suite: no silent promotion of types or ranks, and programs that are compiled quickly and once."""
 
 import os
 import tempfile

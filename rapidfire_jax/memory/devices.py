@@ -57,16 +57,7 @@ DEVICES = {
     for device in (
         Device("a100-40gb", "NVIDIA A100-SXM4-40GB", int(39.4 * GIB), 1.555e12, 312e12, 156e12, _PCIE_4, 108),
         Device("a100-80gb", "NVIDIA A100-SXM4-80GB", int(79.1 * GIB), 2.039e12, 312e12, 156e12, _PCIE_4, 108),
-        Device(
-            "h100-80gb",
-            hopper.DEVICE_KIND,
-            int(79.1 * GIB),
-            hopper.BANDWIDTH,
-            hopper.BF16_RATE,
-            495e12,
-            _PCIE_5,
-            hopper.CORES,
-        ),
+        Device("h100-80gb", hopper.DEVICE_KIND, int(79.1 * GIB), hopper.BANDWIDTH, *_HOPPER),
         Device("h200", "NVIDIA H200", int(139.8 * GIB), 4.8e12, *_HOPPER),
         Device("b200", "NVIDIA B200", int(178.3 * GIB), 8.0e12, 2250e12, 1125e12, _PCIE_5, 148),
         Device("l40s", "NVIDIA L40S", int(44.4 * GIB), 0.864e12, 362e12, 183e12, _PCIE_4, 142),
