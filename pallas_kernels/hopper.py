@@ -12,11 +12,13 @@ and shared memory.
 import collections
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import os
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -228,11 +230,20 @@ def mesh(devices: int = 1) -> jax.sharding.Mesh:
     Raises:
       NotImplementedError: what `toolchain` says is missing.
     """
+    if missing := toolchain():
+        raise NotImplementedError(f"cannot compile for an H100 here: {'; '.join(missing)}")
+    with _one_at_a_time:
+        return _mesh(devices)
+
+
+_one_at_a_time = threading.Lock()
+
+
+@functools.cache
+def _mesh(devices: int) -> jax.sharding.Mesh:
     import jax._src.xla_bridge as bridge
     from jax.experimental import topologies
 
-    if missing := toolchain():
-        raise NotImplementedError(f"cannot compile for an H100 here: {'; '.join(missing)}")
     os.environ["PATH"] += os.pathsep + str(Path(_ptxas() or "").parent)
     canonical = bridge.canonicalize_platform
     bridge.canonicalize_platform = lambda platform: (
@@ -250,11 +261,14 @@ def mesh(devices: int = 1) -> jax.sharding.Mesh:
 def compile_for_h100(function: Callable, *args: Any, devices: int = 1, **kwargs: Any) -> jax.stages.Compiled:
     """Compiles `function` for H100s down to machine code, without one. Arguments without a sharding are replicated.
 
-    The persistent compilation cache has no part in it: a program that is loaded from there was not compiled.
+    The persistent compilation cache has no part in it: a program that is loaded from there was not compiled. Threads
+    may compile at the same time.
 
     Raises:
       NotImplementedError: see `toolchain`.
     """
+    from jax._src.config import enable_compilation_cache
+
     target = mesh(devices)
 
     def place(x: Any) -> Any:
@@ -263,12 +277,8 @@ def compile_for_h100(function: Callable, *args: Any, devices: int = 1, **kwargs:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(target, PartitionSpec()))
 
     args, kwargs = jax.tree.map(place, (args, kwargs))
-    cached = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    try:
+    with enable_compilation_cache(False):
         return lower(function, *args, devices=devices, **kwargs).compile()
-    finally:
-        jax.config.update("jax_enable_compilation_cache", cached)
 
 
 @dataclasses.dataclass(frozen=True)

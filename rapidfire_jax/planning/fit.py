@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from rapidfire_jax.programs import Need, Program, need_of
 from rapidfire_jax.training.remat import Fitted, fit_plan
 
 LARGEST = 5  # buffers of a program that are listed
+AT_ONCE = 2  # programs that are compiled at the same time: the compiler works in one thread, and the largest are two
 HOPPER = ("h100-80gb", "h200")  # devices that programs are compiled for
 
 
@@ -112,18 +114,23 @@ def fit(config: OnlineRunConfig, device: Device, tell: Callable[[str], None] = l
         with jax.sharding.use_abstract_mesh(_mesh(device)):
             policy, chosen = fit_plan(run.policy, learn, args, config.memory, left, lambda *call: need(*call).need)
         run = dataclasses.replace(run, policy=policy)
-    programs = []
-    for name, (program, args) in run.calls().items():
+    steps = run.recipe.sampling.max_new_tokens
+
+    def fit_one(call: tuple[str, tuple[Program, tuple[Any, ...]]]) -> ProgramFit:
+        name, (program, args) = call
         tell(name)
         own = {id(x) for x in jax.tree.leaves(args)}
         resident = sum(_bytes(x) for x in jax.tree.leaves((run.state, run.rewards)) if id(x) not in own)
-        found, steps = need(program, args), run.recipe.sampling.max_new_tokens
+        found = need(program, args)
         with dispatch.prefer("xla", "chunked", "scan"):
             work = flops(jax.make_jaxpr(program.function)(*args).jaxpr, steps)
         nbytes = moved(_traced(device, program, args).jaxpr, steps)
         seconds = device.seconds(work, nbytes, device.dtype)
         complete = dataclasses.replace(found.need, resident=resident)
-        programs.append(ProgramFit(name, complete, work, nbytes, seconds, found.largest))
+        return ProgramFit(name, complete, work, nbytes, seconds, found.largest)
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        programs = list(pool.map(fit_one, run.calls().items()))
     return Fit(device, programs, chosen, reasons)
 
 
