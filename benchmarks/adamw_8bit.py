@@ -24,7 +24,7 @@ CONFIG = Path(__file__).parents[1] / "configs" / "rlhf" / "sft.yaml"
 SETTINGS = [
     "adapter={type: none}",
     "data.max_length=64",
-    "sft.batch_size=4",
+    "sft.batch_size=2",
     "optimizer.learning_rate=5e-5",
     "optimizer.warmup=10",
 ]

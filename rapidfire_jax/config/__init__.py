@@ -30,6 +30,7 @@ class WeightsConfig(Section):
     dtype: DType | None = Field(default=None, description="of the weights; null: the hardware's, see `with_dtypes`")
     compute_dtype: DType | None = Field(default=None, description="of activations and products; null: the weights'")
     quantize: Quantize | None = Field(default=None, description="of the layers' matrices, frozen; null: as stored")
+    quantize_vocabulary: Literal["int8"] | None = Field(default=None, description="of embedding and head; null: dtype")
 
 
 class ModelConfig(WeightsConfig):
@@ -103,6 +104,7 @@ class CriticConfig(Section):
     dtype: DType | None = None
     compute_dtype: DType | None = None
     quantize: Quantize | None = None
+    quantize_vocabulary: Literal["int8"] | None = None
     optimizer: OptimizerConfig | None = Field(default=None, description="of its own; null: shared with the policy")
 
 
@@ -178,16 +180,16 @@ class RunConfig(Section):
 
     @pydantic.model_validator(mode="after")
     def _check_trained(self) -> "RunConfig":
-        if self.model.quantize and self.adapter.type == "none":
-            raise ValueError(
-                f"model.quantize={self.model.quantize}: quantised weights are frozen; use adapter.type=lora"
-            )
-        if self.model.quantize and self.model.adapter:
+        critic = getattr(self, "critic", None)
+        for name, section in (("model", self.model), ("critic", critic)):
+            for key in ("quantize", "quantize_vocabulary") if self.adapter.type == "none" and section else ():
+                if format := getattr(section, key):
+                    raise ValueError(f"{name}.{key}={format}: {FROZEN}")
+        if (self.model.quantize or self.model.quantize_vocabulary) and self.model.adapter:
             raise ValueError(
                 "model.adapter cannot be merged into quantised weights; merge it first: rapidfire export MODEL FOLDER "
                 "--adapter ADAPTER"
             )
-        critic = getattr(self, "critic", None)
         for key, section in (("model", self.model), ("critic", critic)):
             if self.adapter.type == "none" and section is not None and section.dtype == "float16":
                 raise ValueError(
@@ -230,10 +232,6 @@ class OnlineRunConfig(RunConfig):
             raise ValueError(
                 f"{rows // settings.minibatches} responses a minibatch are not a multiple of "
                 f"rl.micro_batches={settings.micro_batches}"
-            )
-        if self.critic.quantize and self.adapter.type == "none":
-            raise ValueError(
-                f"critic.quantize={self.critic.quantize}: quantised weights are frozen; use adapter.type=lora"
             )
         if self.rollout.activations and self.model.quantize != "int8":
             raise ValueError(f"rollout.activations=int8 needs model.quantize=int8; found {self.model.quantize}")

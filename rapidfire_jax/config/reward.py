@@ -17,6 +17,7 @@ OWNERS = {
     "dtype": ("model",),
     "compute_dtype": ("model",),
     "quantize": ("model",),
+    "quantize_vocabulary": ("model",),
     "max_length": ("model",),
     "text": ("model",),
     "chat_template": ("model",),
@@ -52,6 +53,7 @@ class RewardConfig(Section):
     dtype: DType | None = Field(default=None, description="of the weights; null: as model.dtype")
     compute_dtype: DType | None = Field(default=None, description="of activations and products; null: the weights'")
     quantize: Quantize | None = Field(default=None, description="of the layers' matrices; null: as they are stored")
+    quantize_vocabulary: Literal["int8"] | None = Field(default=None, description="of the embedding; null: dtype")
     max_length: Positive | None = Field(
         default=None, description="tokens; of a longer text the end counts; null: the model's context"
     )

@@ -19,7 +19,7 @@ from rapidfire_jax.models.heads import CausalLM, RewardModel, ValueHead
 from rapidfire_jax.models.lora import merge_lora
 from rapidfire_jax.models.peft import load_adapter
 from rapidfire_jax.models.precision import hardware_dtype
-from rapidfire_jax.models.quantization import is_quantized
+from rapidfire_jax.models.quantization import Formats, is_quantized
 from rapidfire_jax.models.sources import gguf_file, read_json, resolve
 from rapidfire_jax.models.weights import Checkpoint, Placement, load
 
@@ -42,6 +42,7 @@ class _AutoModel[M: Decoder]:
         compute_dtype: DTypeLike | None = None,
         output_dtype: DTypeLike = "float32",
         quantize: str | None = None,
+        quantize_vocabulary: str | None = None,
         revision: str | None = None,
         placement: Placement | None = None,
     ) -> M:
@@ -55,8 +56,9 @@ class _AutoModel[M: Decoder]:
           compute_dtype: of activations and matrix products; None: that of the weights.
           output_dtype: of the logits; rewards are always float32.
           quantize: "int8", "int4" or "nf4": the layers' matrices are rounded to it one by one while they are read;
-            embedding, head, norms and biases keep `dtype`. None: as they are stored, which is NF4 in a checkpoint of
-            bitsandbytes. Quantised weights are frozen: train adapters.
+            norms and biases keep `dtype`. None: as they are stored, which is NF4 in a checkpoint of bitsandbytes.
+            Quantised weights are frozen: train adapters.
+          quantize_vocabulary: "int8": embedding and head are rounded too; None: they keep `dtype`.
           revision: branch, tag or commit of a repository; `name@revision` says the same. Cache, token and offline mode
             are those of `huggingface_hub` (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE).
           placement: gives the sharding of each parameter by its path and shape.
@@ -78,7 +80,7 @@ class _AutoModel[M: Decoder]:
             config,
             dtype=parameters,
             precision=precision,
-            quantize=quantize,
+            formats=Formats(quantize, quantize_vocabulary),
             placement=placement,
         )
         if isinstance(model, CausalLM) and path.is_dir() and (path / VALUE_HEAD).exists():

@@ -20,6 +20,7 @@ from pallas_kernels import hopper
 from rapidfire_jax.errors import InputError
 from rapidfire_jax.models.config import DecoderConfig
 from rapidfire_jax.models.layers import Block, LayerCache, Slots, View, make_norm
+from rapidfire_jax.models.quantization import is_quantized, rows_of
 from rapidfire_jax.models.remat import Group, Remat, checkpointed
 from rapidfire_jax.models.rope import rotations
 
@@ -53,7 +54,7 @@ class Layer(NamedTuple):
 class Precision:
     """In what a model computes; its weights have dtypes of their own. Norms, softmax and statistics stay float32."""
 
-    compute: str | None = None  # of activations, matrix products and the cache; None: the embedding's
+    compute: str | None = None  # of activations, matrix products and the cache; None: the weights'
     output: str = "float32"  # of logits
 
 
@@ -112,7 +113,12 @@ class Decoder(nnx.Module):
     @property
     def compute_dtype(self) -> jnp.dtype:
         """Dtype of activations and cache."""
-        return jnp.dtype(self.precision.compute or self.embedding.dtype)
+        return jnp.dtype(self.precision.compute or self.weight_dtype)
+
+    @property
+    def weight_dtype(self) -> jnp.dtype:
+        """Dtype of weights that are not quantised: the embedding's, or the norm's if the embedding is."""
+        return (self.norm.scale if is_quantized(self.embedding.get_value()) else self.embedding).dtype
 
     def hidden(
         self,
@@ -213,7 +219,7 @@ class Decoder(nnx.Module):
         return self.norm(x)[:, 0], KVCache(tuple(written), cache.starts, cache.ends + mask.astype(jnp.int32))
 
     def _embed(self, tokens: Int[Array, "B S"], positions: Int[Array, "B S"]) -> Float[Array, "B S D"]:
-        x = self.embedding[...][tokens].astype(self.compute_dtype)
+        x = rows_of(self.embedding.get_value(), tokens, self.compute_dtype)
         if self.config.scale_embedding:
             x *= jnp.asarray(self.config.hidden_size**0.5, x.dtype)
         if self.config.rope is None:  # positions beyond the table become NaN, not its last row

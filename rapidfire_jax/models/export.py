@@ -35,7 +35,7 @@ def save_pretrained(
 
     Args:
       model: a language model or a reward model, with or without adapters and value head; written in the dtype of its
-        embedding, quantised matrices too.
+        weights, quantised matrices too.
       folder: new, empty, or an earlier export, which is replaced.
       tokenizer: written with its chat template; its special tokens go into the configuration.
       eos_ids: tokens that end a response, if there are others than the tokenizer's.
@@ -51,7 +51,7 @@ def save_pretrained(
     special = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id", None) for role in ("bos", "eos", "pad")}
     generation = special | ({"eos_token_id": list(eos_ids)} if len(eos_ids) > 1 else {})
     with replacing(Path(folder)) as new:
-        config = to_hugging_face(model.config, dtype=model.embedding.dtype.name, scalar_head=is_reward)
+        config = to_hugging_face(model.config, dtype=model.weight_dtype.name, scalar_head=is_reward)
         _write_json(new / "config.json", config | special)
         if not is_reward:
             _write_json(new / "generation_config.json", generation)
@@ -93,7 +93,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 def _save_shards(model: Decoder, stored: dict[str, Stored], family: Family, folder: Path, max_bytes: int) -> None:
     """Writes the stored tensors, holding one file's worth at a time."""
     shapes = stored_shapes(type(model), family, model.config)
-    itemsize = model.embedding.dtype.itemsize
+    itemsize = model.weight_dtype.itemsize
     sizes = {name: math.prod(shapes[name]) * itemsize for name in stored}
     shards: list[list[str]] = [[]]
     room = max_bytes

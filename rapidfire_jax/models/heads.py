@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from rapidfire_jax.models.decoder import Decoder, Mask
 from rapidfire_jax.models.lora import merge_lora
+from rapidfire_jax.models.quantization import Table, dense_table, logits_of
 from rapidfire_jax.models.remat import Remat
 from rapidfire_jax.models.weights import assemble, parameters
 
@@ -53,11 +54,15 @@ class CausalLM(Decoder):
     @property
     def head(self) -> Float[Array, "V D"]:
         """Rows of the language-model head, in the compute dtype; the embedding itself where they are tied."""
-        return (self.embedding if self.config.tie_embeddings else self.lm_head)[...].astype(self.compute_dtype)
+        return dense_table(self._table, self.compute_dtype)
+
+    @property
+    def _table(self) -> Table:
+        return (self.embedding if self.config.tie_embeddings else self.lm_head).get_value()
 
     def logits(self, hidden: Float[Array, "*M D"]) -> Float[Array, "*M V"]:
         """Logits of hidden states: accumulated and soft-capped in float32, then in the output dtype."""
-        logits = jnp.einsum("...d,vd->...v", hidden, self.head, preferred_element_type=jnp.float32)
+        logits = logits_of(hidden, self._table)
         if (cap := self.config.logit_soft_cap) is not None:
             logits = jnp.tanh(logits / cap) * cap
         return logits.astype(self.precision.output)
@@ -87,7 +92,7 @@ class RewardModel(Decoder):
     def from_causal(cls, model: CausalLM, key: Array) -> "RewardModel":
         """The trunk of a language model with a new head: where reward modelling starts from an SFT model."""
         arrays = parameters(merge_lora(model))
-        score = _new_score(key, model.config.hidden_size, model.embedding.dtype)
+        score = _new_score(key, model.config.hidden_size, model.weight_dtype)
         return assemble(cls, model.config, arrays | {"score": score}, model.precision)
 
     def add_value_head(self, weights: ValueHead | None = None) -> None:

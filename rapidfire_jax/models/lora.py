@@ -10,6 +10,7 @@ from jaxtyping import Array
 from rapidfire_jax.errors import InputError
 from rapidfire_jax.models.decoder import Decoder
 from rapidfire_jax.models.families import FAMILIES
+from rapidfire_jax.models.quantization import TABLES, dense_table
 from rapidfire_jax.models.weights import assemble, parameters
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -80,25 +81,26 @@ def merged_parameter(model: Decoder, path: str, layer: int | None) -> Array:
     """
     parts = path.split(".")
     if layer is None:
-        return attrgetter(path)(model).get_value()
+        value = attrgetter(path)(model).get_value()
+        return dense_table(value, model.weight_dtype) if path in TABLES else value
     first, stack = next((i, stack) for i, stack in reversed(model.numbered_stacks()) if i <= layer)
     owner = attrgetter(".".join(parts[1:-1]))(stack)
     if parts[-1] == "kernel":
-        return owner.merged(model.embedding.dtype, layer - first)
+        return owner.merged(model.weight_dtype, layer - first)
     return getattr(owner, parts[-1])[layer - first]
 
 
 def merge_lora[M: Decoder](model: M) -> M:
     """A new model in one stack with the adapters folded into the kernels, and without adapters and value head.
 
-    Quantised kernels that had an adapter become arrays in the dtype of the embedding.
+    Quantised kernels that had an adapter become arrays in the dtype of the weights.
     """
     arrays = parameters(model)
     for name in PROJECTIONS:
         linears = [getattr(stack, name) for stack in model.stacks]
         if any(linear is not None and linear.lora_scale is not None for linear in linears):
             for prefix, linear in zip(("blocks", "top_blocks"), linears, strict=False):
-                arrays[f"{prefix}.{name}.kernel"] = linear.merged(model.embedding.dtype)
+                arrays[f"{prefix}.{name}.kernel"] = linear.merged(model.weight_dtype)
     for path in [path for path in arrays if path.startswith("top_blocks.") and ".lora_" not in path]:
         below = path.removeprefix("top_")
         arrays[below] = jax.tree.map(lambda *parts: jnp.concatenate(parts), arrays[below], arrays[path])

@@ -22,7 +22,7 @@ from rapidfire_jax.errors import InputError
 from rapidfire_jax.models.config import DecoderConfig
 from rapidfire_jax.models.decoder import AS_STORED, Decoder, Precision
 from rapidfire_jax.models.families import Family
-from rapidfire_jax.models.quantization import Kernel, QuantizedBuffer, check_format, take_outputs
+from rapidfire_jax.models.quantization import AS_THEY_ARE, Formats, Kernel, QuantizedBuffer, check_formats, take_outputs
 
 type Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
@@ -112,7 +112,7 @@ def load[M: Decoder](
     *,
     dtype: DTypeLike | None,
     precision: Precision,
-    quantize: str | None = None,
+    formats: Formats = AS_THEY_ARE,
     placement: Placement | None = None,
 ) -> M:
     """A model of class `kind` with the tensors of a checkpoint.
@@ -124,7 +124,7 @@ def load[M: Decoder](
       config: fixes the shapes.
       dtype: of the parameters; None: as they are stored.
       precision: in what the model computes.
-      quantize: format of the layers' matrices, of `pallas_kernels.quantize`; None: as they are stored.
+      formats: in which matrices are quantised.
       placement: sharding of a parameter by its path and shape; None: the default device.
 
     Raises:
@@ -133,8 +133,8 @@ def load[M: Decoder](
     ours = shapes_of(kind, config, precision)
     expected = stored_tensors(family, ours, config.num_layers)
     held = _find(checkpoint, family, config, expected, ours)
-    check_format(quantize, str(checkpoint.where), ours)
-    format = quantize or checkpoint.format
+    check_formats(formats, str(checkpoint.where), ours)
+    formats = formats._replace(kernels=formats.kernels or checkpoint.format)
 
     arrays: dict[str, Kernel] = {}
     groups: dict[tuple[str, ...], dict[str, Stored]] = {}
@@ -144,15 +144,13 @@ def load[M: Decoder](
         kinds = {checkpoint.dtypes[held[name]] for name in group}
         target = np.dtype(dtype if dtype is not None else kinds.pop() if len(kinds) == 1 else np.float32)
         target = np.dtype(np.float32) if target == np.float64 else target
-        buffers = [
-            QuantizedBuffer(ours[path], format) if format and path.endswith(".kernel") else Buffer(ours[path], target)
-            for path in paths
-        ]
+        buffers = [_buffer(path, ours[path], formats.of(path), target) for path in paths]
         for name, stored in group.items():
             value = checkpoint.read(held[name])
             if not _is_finite(value):
                 warnings.warn(f"{checkpoint.where}: tensor {held[name]!r} holds NaN or infinite values", stacklevel=2)
-            parts = _parts_of(family, paths[0], value, [ours[path][-1] for path in paths], config.num_heads, format)
+            widths = [ours[path][-1] for path in paths]
+            parts = _parts_of(family, paths[0], value, widths, config.num_heads, formats.of(paths[0]))
             for buffer, part in zip(buffers, parts, strict=True):
                 buffer.fill(stored.layer, part)
             del value, parts
@@ -163,6 +161,10 @@ def load[M: Decoder](
             )
         del buffers
     return assemble(kind, config, arrays, precision)
+
+
+def _buffer(path: str, shape: tuple[int, ...], format: str | None, dtype: np.dtype) -> "Buffer | QuantizedBuffer":
+    return Buffer(shape, dtype) if format is None else QuantizedBuffer(path, shape, format)
 
 
 def _parts_of(

@@ -7,14 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import quantize
 from rapidfire_jax.algorithms.train_state import TrainState
 from rapidfire_jax.config import CriticConfig, OnlineRunConfig, RewardConfig, WeightsConfig, with_dtypes
 from rapidfire_jax.errors import InputError
 from rapidfire_jax.models.decoder import Decoder, Precision
 from rapidfire_jax.models.heads import CausalLM, RewardModel
 from rapidfire_jax.models.policy import Policy
-from rapidfire_jax.models.quantization import check_format
+from rapidfire_jax.models.quantization import Formats, check_formats, quantized_shape
 from rapidfire_jax.models.weights import assemble, shapes_of
 from rapidfire_jax.planning.architectures import architecture
 from rapidfire_jax.programs import Program
@@ -94,17 +93,14 @@ def _precision(entry: WeightsConfig | CriticConfig | RewardConfig) -> Precision:
 def _weights(kind: type[Decoder], entry: WeightsConfig | CriticConfig | RewardConfig) -> dict[str, Any]:
     """Shapes of the parameters by path."""
     found = shapes_of(kind, architecture(_name(entry)), _precision(entry))
-    check_format(entry.quantize, _name(entry), found)
-    assert entry.dtype is not None
-    return {path: _parameter(path, shape, entry.dtype, entry.quantize) for path, shape in found.items()}
+    formats, dtype = Formats(entry.quantize, entry.quantize_vocabulary), entry.dtype
+    check_formats(formats, _name(entry), found)
+    assert dtype is not None
+    return {path: _parameter(path, shape, dtype, formats.of(path)) for path, shape in found.items()}
 
 
 def _parameter(path: str, shape: tuple[int, ...], dtype: str, format: str | None) -> Any:
-    if format is None or not path.endswith(".kernel"):
-        return jax.ShapeDtypeStruct(shape, dtype)
-    *layers, in_features, out_features = shape
-    matrix = jax.ShapeDtypeStruct((*layers, out_features, in_features), dtype)
-    return jax.eval_shape(partial(quantize, format=format), matrix)
+    return jax.ShapeDtypeStruct(shape, dtype) if format is None else quantized_shape(path, shape, format)
 
 
 def _model[M: Decoder](kind: type[M], entry: WeightsConfig | CriticConfig | RewardConfig, weights: Any) -> M:

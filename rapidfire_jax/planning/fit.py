@@ -201,6 +201,8 @@ def _savings(config: OnlineRunConfig) -> list[str]:
         found.append("adapter.type=lora")
     if config.model.quantize is None:
         found.append("model.quantize=nf4")
+    if config.model.quantize_vocabulary is None:
+        found.append("model.quantize_vocabulary=int8")
     if config.rollout.batch_size >= 2 * config.settings.minibatches:
         half = config.rollout.batch_size // 2
         found.append(f"rollout.batch_size={half} rl.micro_batches={max(half // config.settings.minibatches, 1)}")

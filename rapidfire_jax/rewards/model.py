@@ -63,7 +63,11 @@ class NeuralReward:
         name = config.model
         assert name is not None
         model = FlaxAutoModelForSequenceClassification.from_pretrained(
-            name, dtype=config.dtype, compute_dtype=config.compute_dtype, quantize=config.quantize
+            name,
+            dtype=config.dtype,
+            compute_dtype=config.compute_dtype,
+            quantize=config.quantize,
+            quantize_vocabulary=config.quantize_vocabulary,
         )
         tokenizer = load_tokenizer(name)
         check_vocabulary(name, model.config.vocab_size, tokenizer)

@@ -99,6 +99,65 @@ def test_adapters_on_quantised_weights_have_the_gradients_of_the_rounded_ones(fo
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4 * np.abs(theirs).max())
 
 
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def whole_and_twin(request, tmp_path_factory):
+    """A model with every matrix in 8 or 4 bits, and one with arrays of the same values."""
+    path = tmp_path_factory.mktemp("tables") / "m"
+    save_pretrained(tiny_model(**WIDE, tie_embeddings=request.param), path)
+    model = FlaxAutoModelForCausalLM.from_pretrained(str(path), quantize="nf4", quantize_vocabulary="int8")
+    twin = FlaxAutoModelForCausalLM.from_pretrained(str(path), quantize="nf4")
+    for name in ("embedding",) if request.param else ("embedding", "lm_head"):
+        table, exact = getattr(model, name).get_value(), getattr(twin, name).get_value()
+        exact = np.asarray(exact)
+        scale = np.abs(exact).max(axis=1, keepdims=True) / 127
+        assert table.codes.dtype == jnp.int8
+        assert np.array_equal(table.codes, np.round(exact / scale))
+        getattr(twin, name).set_value(jnp.asarray(np.asarray(table.codes, np.float32) * scale))
+    return model, twin
+
+
+def test_vocabulary_in_8_bits(whole_and_twin):
+    model, twin = whole_and_twin
+    assert model.weight_dtype == model.compute_dtype == jnp.float32
+    np.testing.assert_allclose(model(TOKENS, MASK), twin(TOKENS, MASK), atol=2e-5)
+    config = SamplingConfig(max_new_tokens=6, eos_ids=(), greedy=True)
+    ours, theirs = (generate(m, TOKENS, MASK, jax.random.key(0), config=config) for m in (model, twin))
+    assert np.array_equal(ours.tokens, theirs.tokens)
+    np.testing.assert_allclose(ours.logp_t, theirs.logp_t, atol=2e-5)
+
+
+def test_adapters_under_a_vocabulary_in_8_bits(whole_and_twin):
+    def gradients(model):
+        policy, frozen, trainable = make_policy(
+            nnx.clone(model), jax.random.key(1), lora={"rank": 3, "alpha": 6.0, "targets": "all-linear"}
+        )
+        trainable = jax.tree.map(lambda w: w + 0.03, trainable)
+
+        def loss(trainable):
+            out = policy.apply(frozen, trainable, policy.encode(frozen, TOKENS, MASK), 4, 1.0)
+            return (out.logp_t + out.entropy_t).sum()
+
+        return jax.tree.leaves(jax.grad(loss)(trainable))
+
+    for ours, theirs in zip(*map(gradients, whole_and_twin), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4 * np.abs(theirs).max())
+
+
+def test_export_restores_the_vocabulary(whole_and_twin, tmp_path):
+    model, twin = whole_and_twin
+    save_pretrained(model, tmp_path / "out")
+    written = FlaxAutoModelForCausalLM.from_pretrained(str(tmp_path / "out"))
+    np.testing.assert_allclose(written(TOKENS, MASK), twin(TOKENS, MASK), atol=5e-5)
+
+
+def test_tables_are_not_multiplied_in_integers(folder):
+    model = FlaxAutoModelForCausalLM.from_pretrained(str(folder), quantize="int8", quantize_vocabulary="int8")
+    graphdef, state = nnx.split(model)
+    integers = nnx.merge(graphdef, round_inputs(state))
+    error = np.abs(np.asarray(integers(TOKENS, MASK)) - model(TOKENS, MASK)).max()
+    assert 0 < error < 0.05 * np.abs(model(TOKENS, MASK)).max()
+
+
 @pytest.mark.parametrize("layers", [None, 1])
 def test_export_restores_16_bits_and_merges_adapters(folder, tmp_path, layers):
     model = FlaxAutoModelForCausalLM.from_pretrained(str(folder), quantize="nf4")
@@ -152,7 +211,7 @@ def test_checkpoint_of_bitsandbytes_in_another_format():
 
 
 def test_bytes_of_an_8b_model():
-    """Shapes of Llama 3 8B: matrices take 4.13 bits a weight; the bf16 embedding and head dilute that."""
+    """Shapes of Llama 3 8B: matrices take 4.13 bits a weight; embedding and head dilute that, less so in int8."""
     shapes = {(4096, 4096): 2, (1024, 4096): 2, (14336, 4096): 2, (4096, 14336): 1}
     quantised = sum(
         n * jax.eval_shape(lambda w: quantize(w, "nf4"), jax.ShapeDtypeStruct(shape, jnp.bfloat16)).nbytes
@@ -160,6 +219,10 @@ def test_bytes_of_an_8b_model():
     )
     bf16 = 2 * sum(n * rows * columns for (rows, columns), n in shapes.items())
     assert 3.86 < bf16 / quantised < 3.87
+    matrices, table = 32 * quantised, jax.ShapeDtypeStruct((128256, 4096), jnp.bfloat16)
+    exact = 32 * bf16 + 2 * table.size * 2
+    assert 2.80 < exact / (matrices + 2 * table.size * 2) < 2.82
+    assert 3.44 < exact / (matrices + 2 * jax.eval_shape(lambda w: quantize(w, "int8"), table).nbytes) < 3.46
 
 
 @pytest.mark.parametrize("int8", [False, True])
@@ -253,6 +316,8 @@ def test_bad_checkpoints_of_bitsandbytes(tmp_path, change, said):
 def test_bad_settings(folder, tmp_path):
     with pytest.raises(InputError, match=r"quantize 'nf3' is not supported; accepted: int8, int4, nf4"):
         FlaxAutoModelForCausalLM.from_pretrained(str(folder), quantize="nf3")
+    with pytest.raises(InputError, match=r"quantize_vocabulary 'nf4' is not supported; accepted: int8"):
+        FlaxAutoModelForCausalLM.from_pretrained(str(folder), quantize_vocabulary="nf4")
     save_pretrained(tiny_model(), tmp_path / "narrow")
     with pytest.raises(InputError, match=r"groups of 64; blocks.*_proj.kernel has [0-9]+ inputs; accepted: int8"):
         FlaxAutoModelForCausalLM.from_pretrained(str(tmp_path / "narrow"), quantize="nf4")

@@ -29,7 +29,14 @@ def avals(tree):
     return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
 
 
-@pytest.mark.parametrize("overrides", [[], ["model.quantize=nf4"], ["adapter.type=none", "optimizer.name=adamw_8bit"]])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["model.quantize=nf4", "model.quantize_vocabulary=int8"],
+        ["adapter.type=none", "optimizer.name=adamw_8bit"],
+    ],
+)
 def test_shapes_are_those_of_the_run(overrides):
     config = load_config(QUICKSTART, overrides)
     planned = abstract_run(config, "float32")

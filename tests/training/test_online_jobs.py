@@ -203,6 +203,16 @@ def test_reinforce_pp(online, finish):
         ("ppo", {"training": {"epochs": 2}}, ["unknown key 'training.epochs'"]),
         ("ppo", {"training": {"eval_examples": 2}}, ["training.eval_examples", "eval_prompts"]),
         ("ppo", {"sft": {"packing": True}}, ["unknown key 'sft'"]),
+        (
+            "ppo",
+            {"model": {"quantize_vocabulary": "int8"}, "adapter": {"type": "none"}},
+            ["model.quantize_vocabulary=int8: quantised weights are frozen; use adapter.type=lora"],
+        ),
+        (
+            "ppo",
+            {"critic": {"name": "x", "quantize": "nf4"}, "adapter": {"type": "none"}},
+            ["critic.quantize=nf4: quantised weights are frozen"],
+        ),
         ("ppo", {"data": {"format": "labelled"}}, ["data.format='labelled'", "prompt"]),
         ("ppo", {"data": {"max_length": 64}}, ["data.max_length=64", "data.max_prompt_length"]),
         ("ppo", {"data": {"too_long": "truncate"}}, ["data.too_long=truncate", "data.prompt_tokens"]),
