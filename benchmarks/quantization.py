@@ -12,6 +12,7 @@ import csv
 import hashlib
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +61,7 @@ def one_by_one(
     hidden, cache = model.prefill(tokens[:, :1], mask[:, :1], tokens.shape[1], int8=int8)
 
     def logp(hidden, token):
-        return linear_logprob(hidden[:, None], model.head, token[:, None]).logp[:, 0]
+        return jnp.take_along_axis(jax.nn.log_softmax(model.logits(hidden)), token[:, None], axis=1)[:, 0]
 
     def step(cache, now):
         token, following, real, position = now
@@ -95,19 +96,22 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="20 reviews")
     tokens, mask = reviews(ROWS if parser.parse_args().quick else 100)
     plain = FlaxAutoModelForCausalLM.from_pretrained(MODEL)
-    exact, cached = (perplexity(score, plain, tokens, mask) for score in (at_once, partial(one_by_one, int8=False)))
-    rows = [{"weights": "float32", "cache": "-", "of bf16 bytes": None, "perplexity": exact, "rise %": 0.0}]
-    for format in ("int8", "nf4", "int4"):
-        model = FlaxAutoModelForCausalLM.from_pretrained(MODEL, quantize=format)
-        found = perplexity(at_once, model, tokens, mask)
-        rise = 100 * (found / exact - 1)
-        share = matrix_bytes(model)
-        rows.append({"weights": format, "cache": "-", "of bf16 bytes": share, "perplexity": found, "rise %": rise})
-    for int8, against in ((False, exact), (True, cached)):
-        found = perplexity(partial(one_by_one, int8=int8), plain, tokens, mask)
+    rows: list[dict[str, Any]] = []
+
+    def add(weights: str, cache: str, found: float, against: float, share: float | None = None) -> None:
         rise = 100 * (found / against - 1)
-        kind = "int8" if int8 else "float32"
-        rows.append({"weights": "float32", "cache": kind, "of bf16 bytes": None, "perplexity": found, "rise %": rise})
+        rows.append({"weights": weights, "cache": cache, "of bf16 bytes": share, "perplexity": found, "rise %": rise})
+        print(f"{weights}, cache {cache}: {found:.4g} ({rise:+.2f}%)", flush=True)
+
+    exact = perplexity(at_once, plain, tokens, mask)
+    add("float32", "-", exact, exact)
+    for kernels, tables in (("int8", None), ("nf4", None), ("int4", None), (None, "int8")):
+        model = FlaxAutoModelForCausalLM.from_pretrained(MODEL, quantize=kernels, quantize_vocabulary=tables)
+        name = kernels or f"vocabulary {tables}"
+        add(name, "-", perplexity(at_once, model, tokens, mask), exact, matrix_bytes(model) if kernels else None)
+    cached = perplexity(partial(one_by_one, int8=False), plain, tokens, mask)
+    add("float32", "float32", cached, exact)
+    add("float32", "int8", perplexity(partial(one_by_one, int8=True), plain, tokens, mask), cached)
     report("quantization", rows)
 
 

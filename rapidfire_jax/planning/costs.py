@@ -16,17 +16,17 @@ _FUSED = re.compile(r"^%?(?:fused|wrapped)\S* .*?^}", re.MULTILINE | re.DOTALL) 
 _VIEWS = {"parameter", "get-tuple-element", "bitcast", "tuple", "while", "constant"}
 
 
-def flops(jaxpr: Jaxpr, steps: int) -> float:
+def flops(jaxpr: Jaxpr, trips: tuple[int, ...]) -> float:
     """FLOPs of the matrix products of a program that was traced without kernels.
 
     Args:
       jaxpr: in which every operation is plain products. Those that causality would leave out count too.
-      steps: how often a loop goes round whose end depends on data: decoding.
+      trips: how often a loop goes round whose end depends on data: decoding; then one within it, and so on.
     """
-    return _summed(jaxpr, steps, count_flops)
+    return _summed(jaxpr, trips, count_flops)
 
 
-def moved(jaxpr: Jaxpr, steps: int) -> float:
+def moved(jaxpr: Jaxpr, trips: tuple[int, ...]) -> float:
     """Bytes of the operands and results of matrix products and kernels; what XLA fuses around them is left out."""
 
     def of(eqn: JaxprEqn) -> float:
@@ -35,7 +35,7 @@ def moved(jaxpr: Jaxpr, steps: int) -> float:
         arrays: list[Any] = [v.aval for v in (*eqn.invars, *eqn.outvars)]
         return float(sum(x.size * x.dtype.itemsize for x in arrays))
 
-    return _summed(jaxpr, steps, of)
+    return _summed(jaxpr, trips, of)
 
 
 def largest_buffers(program: str, count: int) -> list[tuple[int, str]]:
@@ -54,18 +54,18 @@ def _where(origin: str) -> str:
     return "/".join(origin.split("/")[-2:])
 
 
-def _summed(jaxpr: Jaxpr, steps: int, of: Callable[[JaxprEqn], float]) -> float:
+def _summed(jaxpr: Jaxpr, trips: tuple[int, ...], of: Callable[[JaxprEqn], float]) -> float:
     total = 0.0
     for eqn in jaxpr.eqns:
         name, parts = eqn.primitive.name, inner(eqn)
         if name in KERNELS or not parts:
             total += of(eqn)
         elif name == "scan":
-            total += eqn.params["length"] * _summed(parts[0], steps, of)
+            total += eqn.params["length"] * _summed(parts[0], trips, of)
         elif name == "while":
-            total += steps * sum(_summed(part, steps, of) for part in parts)
+            total += trips[0] * sum(_summed(part, trips[1:], of) for part in parts)
         elif name == "cond":
-            total += max(_summed(part, steps, of) for part in parts)
+            total += max(_summed(part, trips, of) for part in parts)
         else:
-            total += sum(_summed(part, steps, of) for part in parts)
+            total += sum(_summed(part, trips, of) for part in parts)
     return total

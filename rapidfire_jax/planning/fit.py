@@ -18,6 +18,7 @@ from rapidfire_jax.planning.abstract import abstract_run
 from rapidfire_jax.planning.costs import flops, largest_buffers, moved
 from rapidfire_jax.planning.estimate import estimate
 from rapidfire_jax.programs import Need, Program, need_of
+from rapidfire_jax.rollout.generate import loop_trips
 from rapidfire_jax.training.remat import Fitted, fit_plan
 
 LARGEST = 5  # buffers of a program that are listed
@@ -114,7 +115,7 @@ def fit(config: OnlineRunConfig, device: Device, tell: Callable[[str], None] = l
         with jax.sharding.use_abstract_mesh(_mesh(device)):
             policy, chosen = fit_plan(run.policy, learn, args, config.memory, left, lambda *call: need(*call).need)
         run = dataclasses.replace(run, policy=policy)
-    steps = run.recipe.sampling.max_new_tokens
+    trips = loop_trips(config.rollout.batch_size, run.recipe.sampling)
 
     def fit_one(call: tuple[str, tuple[Program, tuple[Any, ...]]]) -> ProgramFit:
         name, (program, args) = call
@@ -123,8 +124,8 @@ def fit(config: OnlineRunConfig, device: Device, tell: Callable[[str], None] = l
         resident = sum(_bytes(x) for x in jax.tree.leaves((run.state, run.rewards)) if id(x) not in own)
         found = need(program, args)
         with dispatch.prefer("xla", "chunked", "scan"):
-            work = flops(jax.make_jaxpr(program.function)(*args).jaxpr, steps)
-        nbytes = moved(_traced(device, program, args).jaxpr, steps)
+            work = flops(jax.make_jaxpr(program.function)(*args).jaxpr, trips)
+        nbytes = moved(_traced(device, program, args).jaxpr, trips)
         seconds = device.seconds(work, nbytes, device.dtype)
         complete = dataclasses.replace(found.need, resident=resident)
         return ProgramFit(name, complete, work, nbytes, seconds, found.largest)

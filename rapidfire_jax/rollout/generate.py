@@ -1,6 +1,11 @@
-"""Sampling whole responses as one program: prefill, then a `while_loop` over a key/value cache."""
+"""Sampling whole responses as one program: prefill, then a `while_loop` over a key/value cache.
+
+All rows at once, until the last has ended; or, with fewer slots than rows, continuously: a slot whose row has ended
+takes the next prompt, so that unequal lengths leave few slots idle.
+"""
 
 import dataclasses
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -26,6 +31,7 @@ class SamplingConfig:
     min_p: float = 0.0
     greedy: bool = False
     int8_cache: bool = False  # keys and values in 8 bits
+    slots: int | None = None  # rows decoded at a time; None: all
 
 
 class Generation(NamedTuple):
@@ -39,15 +45,26 @@ class Generation(NamedTuple):
     v_t: Float[Array, "B T"]  # critic's values; 0 after EOS and for a model without value head
 
 
-class _Loop(NamedTuple):
-    t: Int[Array, ""]
-    key: Array
-    cache: "KVCache"
-    running: Bool[Array, " B"]
-    tokens: Int[Array, "B T"]
-    mask_t: Bool[Array, "B T"]
-    logp_t: Float[Array, "B T"]
-    v_t: Float[Array, "B T"]
+def loop_trips(rows: int, config: SamplingConfig) -> tuple[int, ...]:
+    """How often the loops of the program go round, the outer one first, if every response has its full length."""
+    T, slots = config.max_new_tokens, config.slots
+    if slots is None or slots >= rows:
+        return (T,)
+    R = _refilled_at_once(slots)
+    return -(-rows // R), -(-T * R // slots)
+
+
+def _refilled_at_once(slots: int) -> int:
+    return -(-slots // 4)
+
+
+class _Drawn(NamedTuple):
+    """One token of each of M rows; of rows that do not run, padding and zeros."""
+
+    token: Int[Array, " M"]
+    logp: Float[Array, " M"]
+    value: Float[Array, " M"]
+    goes_on: Bool[Array, " M"]  # was running, and this is no EOS
 
 
 def generate(
@@ -67,68 +84,182 @@ def generate(
       prompt_mask: True on real tokens.
       key: random key; the same key gives the same responses.
       temperature: divides the logits; traced, so changing it compiles nothing.
-      config: static settings.
+      config: static settings; `config.slots` bounds the memory of the cache and the work of a step.
 
     No gradient flows: wrap nothing around this. Activations and cache have the compute dtype of the model.
     """
+    draw = partial(_draw, model, temperature=temperature, config=config)
+    sample_all = _all_at_once
+    if config.slots is not None and config.slots < len(prompts):
+        sample_all = _continuously
+    tokens, mask_t, logp_t, v_t = sample_all(model, prompts, prompt_mask, key, draw, config)
+    eos = jnp.asarray(config.eos_ids, jnp.int32)
+    return Generation(
+        tokens=jnp.concatenate([prompts, tokens], axis=1),
+        attention_mask=jnp.concatenate([prompt_mask, mask_t], axis=1),
+        mask_t=mask_t,
+        ended=(mask_t & (tokens[..., None] == eos[None, None]).any(axis=-1)).any(axis=1),
+        logp_t=logp_t,
+        v_t=v_t,
+    )
+
+
+def _draw(
+    model: "CausalLM",
+    hidden: Float[Array, "M D"],
+    running: Bool[Array, " M"],
+    key: Array,
+    *,
+    temperature: Float[Array, ""] | float,
+    config: SamplingConfig,
+) -> _Drawn:
+    """The next token of each row from the hidden states before it."""
+    token, logp = sample(
+        model.logits(hidden),
+        key,
+        temperature=temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        min_p=config.min_p,
+        greedy=config.greedy,
+    )
+    value = model.value(hidden) if model.has_value_head else jnp.zeros(token.shape)
+    is_eos = (token[:, None] == jnp.asarray(config.eos_ids, jnp.int32)[None]).any(axis=1)
+    return _Drawn(
+        jnp.where(running, token, config.pad_id),
+        jnp.where(running, logp, 0.0),
+        jnp.where(running, value, 0.0),
+        running & ~is_eos,
+    )
+
+
+class _Responses(NamedTuple):
+    """What becomes of B rows."""
+
+    tokens: Int[Array, "B T"]
+    mask_t: Bool[Array, "B T"]
+    logp_t: Float[Array, "B T"]
+    v_t: Float[Array, "B T"]
+
+    @classmethod
+    def none_yet(cls, rows: int, config: SamplingConfig) -> "_Responses":
+        """Nothing but padding."""
+        shape = rows, config.max_new_tokens
+        return cls(
+            jnp.full(shape, config.pad_id, jnp.int32), jnp.zeros(shape, bool), jnp.zeros(shape), jnp.zeros(shape)
+        )
+
+
+class _Batch(NamedTuple):
+    t: Int[Array, ""]
+    key: Array
+    cache: "KVCache"
+    running: Bool[Array, " B"]
+    responses: _Responses
+
+
+def _all_at_once(model, prompts, prompt_mask, key, draw, config: SamplingConfig) -> _Responses:
+    """Every row from its first to its last token, in step."""
     B, P = prompts.shape
     T = config.max_new_tokens
     layers = model.layers()
-    eos = jnp.asarray(config.eos_ids, jnp.int32)
     lengths = prompt_mask.sum(axis=1, dtype=jnp.int32)
 
-    def choose(loop: _Loop, hidden: Float[Array, "B D"]) -> _Loop:
+    def choose(loop: _Batch, hidden: Float[Array, "B D"]) -> _Batch:
         """Draws token t of the rows that are still running, from the hidden states before it."""
         key, now = jax.random.split(loop.key)
-        token, logp = sample(
-            model.logits(hidden),
-            now,
-            temperature=temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            min_p=config.min_p,
-            greedy=config.greedy,
-        )
-        token = jnp.where(loop.running, token, config.pad_id)
-        value = model.value(hidden) if model.has_value_head else jnp.zeros((B,))
+        drawn = draw(hidden, loop.running, now)
+        columns = _Responses(drawn.token, loop.running, drawn.logp, drawn.value)
+        put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=loop.t, axis=1)
+        responses = jax.tree.map(lambda array, column: put(array, column[:, None]), loop.responses, columns)
+        return _Batch(loop.t + 1, key, loop.cache, drawn.goes_on, responses)
 
-        def put(array, column):
-            return jax.lax.dynamic_update_slice_in_dim(array, column[:, None], loop.t, axis=1)
-
-        return loop._replace(
-            t=loop.t + 1,
-            key=key,
-            running=loop.running & ~(token[:, None] == eos[None]).any(axis=1),
-            tokens=put(loop.tokens, token),
-            mask_t=put(loop.mask_t, loop.running),
-            logp_t=put(loop.logp_t, jnp.where(loop.running, logp, 0.0)),
-            v_t=put(loop.v_t, jnp.where(loop.running, value, 0.0)),
-        )
-
-    def advance(loop: _Loop) -> _Loop:
-        token, mask = (
-            jax.lax.dynamic_index_in_dim(x, loop.t - 1, 1, keepdims=False) for x in (loop.tokens, loop.mask_t)
-        )
+    def advance(loop: _Batch) -> _Batch:
+        token, mask = (jax.lax.dynamic_index_in_dim(x, loop.t - 1, 1, keepdims=False) for x in loop.responses[:2])
         hidden, cache = model.decode(layers, loop.cache, token, mask, lengths + loop.t - 1)
         return choose(loop._replace(cache=cache), hidden)
 
     hidden, cache = model.prefill(prompts, prompt_mask, P + T, int8=config.int8_cache)
-    start = _Loop(
-        t=jnp.zeros((), jnp.int32),
+    start = _Batch(jnp.zeros((), jnp.int32), key, cache, jnp.ones((B,), bool), _Responses.none_yet(B, config))
+    return jax.lax.while_loop(lambda s: (s.t < T) & s.running.any(), advance, choose(start, hidden[:, -1])).responses
+
+
+class _Slots(NamedTuple):
+    """M slots, each with the row that it decodes."""
+
+    key: Array
+    cache: "KVCache"
+    row: Int[Array, " M"]
+    token: Int[Array, " M"]  # the last one drawn
+    t: Int[Array, " M"]  # tokens drawn
+    running: Bool[Array, " M"]
+    taken: Int[Array, ""]  # prompts that have had a slot
+    responses: _Responses
+
+
+def _continuously(model, prompts, prompt_mask, key, draw, config: SamplingConfig) -> _Responses:
+    """A few rows at a time: whenever a quarter of the slots are free, that many prompts are prefilled into them.
+
+    Yu et al., Orca: A Distributed Serving System for Transformer-Based Generative Models, 2022.
+    """
+    B, P = prompts.shape
+    T, M = config.max_new_tokens, config.slots or B
+    R = _refilled_at_once(M)
+    layers = model.layers()
+    lengths = prompt_mask.sum(axis=1, dtype=jnp.int32)
+    prompts, prompt_mask = (jnp.pad(x, ((0, -B % R), (0, 0)), mode="edge") for x in (prompts, prompt_mask))
+
+    def put(loop: _Slots, drawn: _Drawn, slots: Int[Array, " N"], row: Int[Array, " N"], t: Int[Array, " N"]) -> _Slots:
+        """Files what was drawn as token t of its row; rows that are not running have number B, and are dropped."""
+        cells = _Responses(drawn.token, row < B, drawn.logp, drawn.value)
+        return loop._replace(
+            token=loop.token.at[slots].set(drawn.token),
+            t=loop.t.at[slots].set(t + 1),
+            running=loop.running.at[slots].set(drawn.goes_on & (t + 1 < T)),
+            responses=jax.tree.map(lambda array, x: array.at[row, t].set(x, mode="drop"), loop.responses, cells),
+        )
+
+    def refill(loop: _Slots) -> _Slots:
+        key, now = jax.random.split(loop.key)
+        slots = jnp.argsort(loop.running, stable=True)[:R]
+        row = loop.taken + jnp.arange(R)
+        mask = jax.lax.dynamic_slice_in_dim(prompt_mask, loop.taken, R)
+        hidden, new = model.prefill(
+            jax.lax.dynamic_slice_in_dim(prompts, loop.taken, R), mask, P, int8=config.int8_cache
+        )
+        held = jax.tree.map(lambda cached, x: cached.at[slots, : x.shape[1]].set(x), loop.cache.layers, new.layers)
+        starts, ends = loop.cache.starts.at[slots].set(new.starts), loop.cache.ends.at[slots].set(new.ends)
+        cache = dataclasses.replace(loop.cache, layers=held, starts=starts, ends=ends)
+        loop = loop._replace(key=key, cache=cache, row=loop.row.at[slots].set(row), taken=loop.taken + R)
+        return put(loop, draw(hidden[:, -1], row < B, now), slots, jnp.minimum(row, B), jnp.zeros(R, jnp.int32))
+
+    def advance(loop: _Slots) -> _Slots:
+        key, now = jax.random.split(loop.key)
+        positions = lengths[jnp.minimum(loop.row, B - 1)] + loop.t - 1
+        hidden, cache = model.decode(layers, loop.cache, loop.token, loop.running, positions)
+        drawn = draw(hidden, loop.running, now)
+        row = jnp.where(loop.running, loop.row, B)
+        return put(loop._replace(key=key, cache=cache), drawn, jnp.arange(M), row, loop.t)
+
+    def serve(loop: _Slots) -> _Slots:
+        """Takes the next prompts, and decodes until there is room for more."""
+
+        def is_full(loop: _Slots) -> Bool[Array, ""]:
+            room = (~loop.running).sum() >= R
+            return loop.running.any() & ~(room & (loop.taken < B))
+
+        return jax.lax.while_loop(is_full, advance, refill(loop))
+
+    _, cache = jax.eval_shape(lambda: model.prefill(prompts[:M], prompt_mask[:M], P + T, int8=config.int8_cache))
+    zeros = jnp.zeros(M, jnp.int32)
+    start = _Slots(
         key=key,
-        cache=cache,
-        running=jnp.ones((B,), bool),
-        tokens=jnp.full((B, T), config.pad_id, jnp.int32),
-        mask_t=jnp.zeros((B, T), bool),
-        logp_t=jnp.zeros((B, T), jnp.float32),
-        v_t=jnp.zeros((B, T), jnp.float32),
+        cache=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), cache),
+        row=zeros,
+        token=zeros,
+        t=zeros,
+        running=jnp.zeros(M, bool),
+        taken=jnp.zeros((), jnp.int32),
+        responses=_Responses.none_yet(B, config),
     )
-    end = jax.lax.while_loop(lambda s: (s.t < T) & s.running.any(), advance, choose(start, hidden[:, -1]))
-    return Generation(
-        tokens=jnp.concatenate([prompts, end.tokens], axis=1),
-        attention_mask=jnp.concatenate([prompt_mask, end.mask_t], axis=1),
-        mask_t=end.mask_t,
-        ended=~end.running,
-        logp_t=end.logp_t,
-        v_t=end.v_t,
-    )
+    return jax.lax.while_loop(lambda loop: loop.taken < B, serve, start).responses

@@ -18,7 +18,9 @@ from rapidfire_jax.planning.architectures import KNOWN, architecture
 from rapidfire_jax.planning.costs import flops, largest_buffers
 from rapidfire_jax.planning.estimate import estimate
 from rapidfire_jax.planning.fit import fit
+from rapidfire_jax.rollout.generate import SamplingConfig, generate, loop_trips
 from rapidfire_jax.training.models import load_trainee
+from tests.helpers.tiny import padded_batch, tiny_model
 from tests.test_configs import ROOT
 
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -73,7 +75,7 @@ def test_flops_of_loops():
         return jax.lax.while_loop(lambda x: x[0, 0] > 0, lambda x: x @ x, x)
 
     jaxpr = jax.make_jaxpr(program)(jnp.ones((4, 4))).jaxpr
-    assert flops(jaxpr, steps=5) == (3 + 5) * 2 * 4**3
+    assert flops(jaxpr, (5,)) == (3 + 5) * 2 * 4**3
 
 
 def test_largest_buffers_are_outside_of_fusions():
@@ -175,3 +177,20 @@ def test_command():
         learn["donated_bytes"] == learn["output_bytes"] - 4 * 20
         or learn["donated_bytes"] > 0.99 * learn["output_bytes"]
     )
+
+
+@pytest.mark.parametrize(("rows", "slots"), [(8, None), (8, 8), (9, 2), (32, 8)])
+def test_trips_of_a_rollout_whose_responses_never_end(rows, slots):
+    """FLOPs of decoding by the trips are those of the steps that are really taken."""
+    model = tiny_model()
+    config = SamplingConfig(max_new_tokens=6, eos_ids=(), slots=slots)
+    trips = loop_trips(rows, config)
+    if slots is None or slots >= rows:
+        assert trips == (6,)
+        return
+    refills, steps = trips
+    taken = rows * 6 / slots
+    assert taken <= refills * steps <= 2 * taken
+    tokens, mask = padded_batch([3] * rows, 4)
+    jaxpr = jax.make_jaxpr(lambda m, t, a: generate(m, t, a, jax.random.key(0), config=config))(model, tokens, mask)
+    assert flops(jaxpr.jaxpr, trips) > flops(jaxpr.jaxpr, (refills, 0)) > 0

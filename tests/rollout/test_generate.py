@@ -31,12 +31,13 @@ def test_greedy_equals_argmax_of_full_forwards(tied):
     assert out.mask_t.all() and not out.ended.any()
 
 
-def test_log_probabilities_and_values_agree_with_a_full_forward():
+@pytest.mark.parametrize("slots", [None, 2])
+def test_log_probabilities_and_values_agree_with_a_full_forward(slots):
     model = tiny_model()
     model.add_value_head()
     model.value_kernel[...] = jax.random.normal(jax.random.key(1), (TINY.hidden_size,))
     tokens, mask = padded_batch([2, 5, 6], 6)
-    out = run(model, tokens, mask, temperature=jnp.float32(0.7), max_new_tokens=10, eos_ids=(5, 9))
+    out = run(model, tokens, mask, temperature=jnp.float32(0.7), max_new_tokens=10, eos_ids=(5, 9), slots=slots)
     hidden = model.hidden(out.tokens, out.attention_mask)[:, 5:-1]
     logps = jax.nn.log_softmax(model.logits(hidden) / jnp.float32(0.7))
     expected = jnp.take_along_axis(logps, out.tokens[:, 6:, None], -1)[..., 0]
@@ -85,3 +86,22 @@ def test_same_key_same_tokens_and_no_new_compilation():
     assert not found
     np.testing.assert_array_equal(first.tokens, again.tokens)
     assert (np.asarray(first.tokens) != np.asarray(other.tokens)).any()
+
+
+@pytest.mark.parametrize(("rows", "slots"), [(7, 1), (9, 2), (10, 4), (13, 8), (4, 4), (4, 9)])
+@pytest.mark.parametrize("int8_cache", [False, True])
+def test_few_slots_give_the_responses_of_all_rows_at_once(rows, slots, int8_cache):
+    model = tiny_model()
+    model.add_value_head()
+    model.value_kernel[...] = jax.random.normal(jax.random.key(1), (TINY.hidden_size,))
+    tokens, mask = padded_batch([1 + i % 6 for i in range(rows)], 6)
+    config = {"max_new_tokens": 11, "greedy": True, "pad_id": 66, "int8_cache": int8_cache}
+    free = np.asarray(run(model, tokens, mask, eos_ids=(), **config).tokens[:, 6:])
+    eos_ids = int(free[0, 2]), int(free[1, 5])
+    expected = run(model, tokens, mask, eos_ids=eos_ids, **config)
+    assert len(set(np.asarray(expected.mask_t).sum(axis=1))) > 1
+    found = run(model, tokens, mask, eos_ids=eos_ids, slots=slots, **config)
+    for name in ("tokens", "attention_mask", "mask_t", "ended"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    np.testing.assert_allclose(found.logp_t, expected.logp_t, **F32_LONG)
+    np.testing.assert_allclose(found.v_t, expected.v_t, **F32_LONG)
