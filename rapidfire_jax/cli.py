@@ -71,7 +71,9 @@ def train(
         run_config = with_dtypes(load_config(config, overrides or []), hardware_dtype())
         run = RunDirectory.create(run_config)
     from rapidfire_jax.training.job import train as train_job
+    from rapidfire_jax.user_cache import keep_compiled_programs
 
+    keep_compiled_programs()
     print(f"run directory: {run.path}", flush=True)
     train_job(run_config, run)
     print(f"final model: {run.final}")
@@ -95,7 +97,9 @@ def generate(
 ) -> None:
     """Print the responses of a policy or model to some prompts."""
     from rapidfire_jax.rollout.text import generate_text
+    from rapidfire_jax.user_cache import keep_compiled_programs
 
+    keep_compiled_programs()
     responses = generate_text(
         _policy_of(model),
         prompt,

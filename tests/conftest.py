@@ -18,8 +18,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Tests that differ in numbers only share their programs; a fresh folder a session, so that nothing old is loaded.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _programs = tempfile.TemporaryDirectory(prefix="rapidfire-jax-tests-")
-    os.environ["RAPIDFIRE_TEST_PROGRAMS"] = _programs.name
-jax.config.update("jax_compilation_cache_dir", os.environ["RAPIDFIRE_TEST_PROGRAMS"])
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 

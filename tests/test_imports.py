@@ -10,6 +10,7 @@ RANKS = {
     "pallas_kernels": 0,
     "errors": 0,
     "programs": 0,
+    "user_cache": 0,
     "models": 1,
     "algorithms": 1,
     "config": 2,

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from rapidfire_jax.errors import InputError
+from rapidfire_jax.user_cache import cache_folder
 
 SDIST = "sdist://"
 NAME = re.compile(r"sdist://(?P<project>[A-Za-z0-9][\w.-]*)==(?P<version>[A-Za-z0-9][\w.!+-]*)/(?P<file>[^\0\\]+)")
@@ -48,7 +49,7 @@ def fetch(name: str) -> Path:
 
 
 def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rapidfire-jax" / "sdists"
+    return cache_folder() / "sdists"
 
 
 def _pip() -> list[str] | None:

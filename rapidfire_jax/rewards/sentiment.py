@@ -23,6 +23,7 @@ import scipy.special
 from rapidfire_jax.data.records import LINE_BREAK, locate, read_records
 from rapidfire_jax.data.splits import fraction
 from rapidfire_jax.errors import InputError
+from rapidfire_jax.user_cache import cache_folder
 
 PASSAGE = 25
 INVERSE_REGULARISATION = 3.0
@@ -185,8 +186,7 @@ def _cache_file(arguments: dict[str, Any]) -> Path:
     code = hashlib.blake2b(Path(__file__).read_bytes()).hexdigest()
     versions = [code, importlib.metadata.version("scikit-learn")]
     key = json.dumps([content, versions, arguments | {"path": path.suffix}], sort_keys=True)
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rapidfire-jax"
-    return folder / f"sentiment-{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.npz"
+    return cache_folder() / f"sentiment-{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.npz"
 
 
 def _labelled(arguments: dict[str, Any]) -> list[tuple[list[str], list[int]]]:
