@@ -280,10 +280,10 @@ def decoding(call: Call, args: tuple) -> Measures:
     from jax.experimental.pallas.ops.gpu import decode_attention as triton_decode
 
     B, N, H = args[0].shape
-    C, K = args[1].shape[1:3]
+    K, C = args[1].shape[1:3]
 
     def cache() -> tuple:
-        return args[0], *(x.astype(jnp.bfloat16) for x in args[1:3])
+        return args[0], *(jnp.swapaxes(x.astype(jnp.bfloat16), 1, 2) for x in args[1:3])
 
     def sdpa() -> float:
         q, k, v = _random(B, N, 1, H), _random(B, K, C, H), _random(B, K, C, H)

@@ -11,13 +11,13 @@ from pallas_kernels.dispatch import Implementation, Operation, hopper_kernel
 
 def decode_attention(
     q: Float[Array, "B N H"],
-    keys: Float[Array, "B C K H"] | Int8[Array, "B C K H"],
-    values: Float[Array, "B C K H"] | Int8[Array, "B C K H"],
+    keys: Float[Array, "B K C H"] | Int8[Array, "B K C H"],
+    values: Float[Array, "B K C H"] | Int8[Array, "B K C H"],
     ends: Int[Array, " B"],
     *,
     starts: Int[Array, " B"] | None = None,
-    key_scales: Float[Array, "B C K"] | None = None,
-    value_scales: Float[Array, "B C K"] | None = None,
+    key_scales: Float[Array, "B K C"] | None = None,
+    value_scales: Float[Array, "B K C"] | None = None,
     scale: float | None = None,
     soft_cap: float | None = None,
     implementation: str | None = None,
@@ -27,10 +27,10 @@ def decode_attention(
     Equivalent to
 
         keys, values = keys * key_scales[..., None], values * value_scales[..., None]   for an int8 cache
-        scores = einsum("bkgh,bckh->bkgc", q.reshape(B, K, N // K, H), keys) * scale
+        scores = einsum("bkgh,bkch->bkgc", q.reshape(B, K, N // K, H), keys) * scale
         scores = soft_cap * tanh(scores / soft_cap)                                     with a soft cap
         scores = where((starts[b] <= c) & (c < ends[b]), scores, -inf)
-        out = einsum("bkgc,bckh->bkgh", softmax(scores), values).reshape(B, N, H)
+        out = einsum("bkgc,bkch->bkgh", softmax(scores), values).reshape(B, N, H)
 
     Args:
       q: the queries of one position a row; N is a multiple of K, and N / K neighbours share a head of the cache.
@@ -84,9 +84,9 @@ def quantize_cache(x: Float[Array, "*M H"]) -> tuple[Int8[Array, "*M H"], Float[
 def _check(q, keys, values, ends, starts, key_scales, value_scales):
     shapes = f"q {q.shape}, keys {keys.shape}, values {values.shape}"
     if q.ndim != 3 or keys.ndim != 4 or keys.shape != values.shape:
-        raise ValueError(f"{shapes} do not fit [B, N, H], [B, C, K, H], [B, C, K, H]")
-    if (q.shape[0], q.shape[2]) != (keys.shape[0], keys.shape[3]) or q.shape[1] % keys.shape[2]:
-        raise ValueError(f"{shapes} do not fit [B, N, H], [B, C, K, H], [B, C, K, H] with N a multiple of K")
+        raise ValueError(f"{shapes} do not fit [B, N, H], [B, K, C, H], [B, K, C, H]")
+    if (q.shape[0], q.shape[2]) != (keys.shape[0], keys.shape[3]) or q.shape[1] % keys.shape[1]:
+        raise ValueError(f"{shapes} do not fit [B, N, H], [B, K, C, H], [B, K, C, H] with N a multiple of K")
     for name, x in (("ends", ends), ("starts", starts)):
         if x.shape != q.shape[:1] or not jnp.issubdtype(x.dtype, jnp.integer):
             raise ValueError(f"{name} {x.dtype}{x.shape} is not an integer for each of {q.shape[0]} rows")

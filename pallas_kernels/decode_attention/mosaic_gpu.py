@@ -24,7 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
 from pallas_kernels import hopper, launch, tiles
-from pallas_kernels.numerics import LOG2E, LOWEST, over_columns, over_rows, padded
+from pallas_kernels.numerics import LOG2E, LOWEST, over_columns, over_rows
 from pallas_kernels.tuning import choice, config_for
 
 DTYPES = (jnp.bfloat16, jnp.float16)
@@ -64,15 +64,15 @@ def reasons(q, keys, values, starts, ends, key_scales, value_scales, scale, soft
         found.append(f"dtype {q.dtype}; accepted: bfloat16, float16")
     if q.shape[2] not in WIDTHS:
         found.append(f"head width {q.shape[2]}; accepted: 64, 128, 256")
-    if keys.shape[1] % 8:
-        found.append(f"{keys.shape[1]} cache slots; accepted: multiples of 8")
+    if keys.shape[2] % 8:
+        found.append(f"{keys.shape[2]} cache slots; accepted: multiples of 8")
     return found
 
 
 def decode_attention_forward(q, keys, values, starts, ends, key_scales, value_scales, scale, soft_cap):
     """`[B, N, H]` in the dtype of `q`."""
     B, N, H = q.shape
-    _, C, K, _ = keys.shape
+    _, K, C, _ = keys.shape
     config = config_for(
         "decode_attention_forward", heuristic(B, C, K, H, keys.dtype), b=B, c=C, k=K, h=H, dtype=keys.dtype
     )
@@ -82,7 +82,7 @@ def decode_attention_forward(q, keys, values, starts, ends, key_scales, value_sc
     groups = pl.cdiv(columns, G)
     grouped = jnp.pad(q.reshape(B, K, heads, H), ((0, 0), (0, 0), (0, columns - heads), (0, 0)))
     quantised = key_scales is not None
-    scales = [padded(x, 8, axis=2) for x in (key_scales, value_scales)] if quantised else []
+    scales = [key_scales, value_scales] if quantised else []
 
     def body(q_ref, k_ref, v_ref, starts_ref, ends_ref, *refs):
         scale_refs, refs = refs[: len(scales)], refs[len(scales) :]
@@ -103,10 +103,8 @@ def decode_attention_forward(q, keys, values, starts, ends, key_scales, value_sc
             wide_smem[...] = plgpu.load(codes, layout=plgpu.Layout.WGMMA_8BIT).astype(q.dtype)
             plgpu.commit_smem()
 
-        def of_head(tile):
-            """The scales of this block's head, of the 8 in the tile."""
-            mine = plgpu.broadcasted_iota(jnp.int32, tile.shape, 1) == head % 8
-            return jnp.where(mine, tile[...], 0.0).sum(axis=1)
+        def by_row(scale_tile, shape):
+            return over_rows(plgpu.load(scale_tile, layout=plgpu.Layout.WGMMA.reduce(1)), shape)
 
         def step(index, k_tile, v_tile, *rest):
             *scale_tiles, (acc, top, total) = rest
@@ -119,7 +117,7 @@ def decode_attention_forward(q, keys, values, starts, ends, key_scales, value_sc
                 return ref[...]
 
             s = pl.run_scoped(scores, plgpu.ACC((T, G), jnp.float32))
-            k_factor, v_factor = (over_rows(of_head(tile), s.shape) for tile in scale_tiles) if quantised else (1, 1)
+            k_factor, v_factor = (by_row(tile, s.shape) for tile in scale_tiles) if quantised else (1, 1)
             s *= k_factor * (scale * LOG2E)
             if soft_cap is not None:
                 s = jnp.tanh(s * (1 / (soft_cap * LOG2E))) * (soft_cap * LOG2E)
@@ -134,7 +132,7 @@ def decode_attention_forward(q, keys, values, starts, ends, key_scales, value_sc
             return acc * over_columns(decay, acc.shape) + mixed, new_top, total * over_columns(decay, p.shape) + p
 
         of_cache = tiles.block((T, H), keys.dtype, lambda i: (low + i, 0))
-        of_scales = tiles.block((T, 8), jnp.float32, lambda i: (low + i, head // 8))
+        of_scales = plgpu.BlockSpec((T,), lambda i: (low + i,))
         zero = jnp.zeros((H, G), jnp.float32), jnp.full((G,), LOWEST, jnp.float32), jnp.zeros((T, G), jnp.float32)
         acc, top, total = plgpu.emit_pipeline(
             step,
@@ -142,7 +140,7 @@ def decode_attention_forward(q, keys, values, starts, ends, key_scales, value_sc
             in_specs=[of_cache, of_cache] + [of_scales] * len(scales),
             max_concurrent_steps=config.stages,
             init_carry=zero,
-        )(k_ref.at[row, :, head], v_ref.at[row, :, head], *(ref.at[row] for ref in scale_refs))
+        )(*(ref.at[row, head] for ref in (k_ref, v_ref, *scale_refs)))
         acc_smem[...] = acc
         stats_smem[0] = top
         stats_smem[1] = total.sum(axis=0)

@@ -8,9 +8,9 @@ from jax import lax
 def decode_attention_reference(q, keys, values, starts, ends, key_scales, value_scales, scale, soft_cap):
     """`[B, N, H]` in the dtype of `q`; softmax in float32."""
     B, N, H = q.shape
-    _, C, K, _ = keys.shape
+    _, K, C, _ = keys.shape
     grouped = q.reshape(B, K, N // K, H)
-    scores = jnp.einsum("bkgh,bckh->bkgc", grouped, keys.astype(q.dtype), preferred_element_type=jnp.float32)
+    scores = jnp.einsum("bkgh,bkch->bkgc", grouped, keys.astype(q.dtype), preferred_element_type=jnp.float32)
     scores *= scale
     if key_scales is not None:
         scores *= _by_head(key_scales, scores.shape)
@@ -22,10 +22,10 @@ def decode_attention_reference(q, keys, values, starts, ends, key_scales, value_
     weights = jax.nn.softmax(scores, axis=-1)
     if value_scales is not None:
         weights *= _by_head(value_scales, weights.shape)
-    out = jnp.einsum("bkgc,bckh->bkgh", weights.astype(q.dtype), values.astype(q.dtype)).reshape(B, N, H)
+    out = jnp.einsum("bkgc,bkch->bkgh", weights.astype(q.dtype), values.astype(q.dtype)).reshape(B, N, H)
     return jnp.where(visible.any(axis=1)[:, None, None], out, jnp.zeros((), q.dtype))
 
 
 def _by_head(scales, shape):
-    """`[B, C, K]` to the scores' `[B, K, G, C]`."""
-    return lax.broadcast_in_dim(scales, shape, (0, 3, 1))
+    """`[B, K, C]` to the scores' `[B, K, G, C]`."""
+    return lax.broadcast_in_dim(scales, shape, (0, 1, 3))

@@ -15,8 +15,8 @@ def calls(model: str) -> list[Call]:
     _, heads, kv_heads, width, _, _ = MODELS[model]
 
     def call(name, rows, dtype):
-        q, cache = shape(rows, heads, width), shape(rows, LENGTH, kv_heads, width, dtype=dtype)
-        scales = shape(rows, LENGTH, kv_heads, dtype=jnp.float32)
+        q, cache = shape(rows, heads, width), shape(rows, kv_heads, LENGTH, width, dtype=dtype)
+        scales = shape(rows, kv_heads, LENGTH, dtype=jnp.float32)
         args = (q, cache, cache) + (scales, scales) * (dtype == jnp.int8)
         splits = heuristic(rows, LENGTH, kv_heads, width, dtype).splits
         shares = 4 * rows * kv_heads * splits * 8 * (width + 2)  # float32, up to 8 query heads
@@ -40,5 +40,5 @@ def calls(model: str) -> list[Call]:
 
 
 def _over_the_whole_cache(q, keys, values, key_scales=None, value_scales=None):
-    ends = jnp.full(q.shape[:1], keys.shape[1], jnp.int32)
+    ends = jnp.full(q.shape[:1], keys.shape[2], jnp.int32)
     return decode_attention(q, keys, values, ends, key_scales=key_scales, value_scales=value_scales)

@@ -179,7 +179,7 @@ class Decoder(nnx.Module):
         layers: list[LayerCache] = []
         x = self._embed(tokens, positions)
         for first, stack in self.numbered_stacks():
-            x, kept = self._scan(first, stack, x, mask, positions, keep=lambda x, pair: LayerCache.of(*pair, int8=int8))
+            x, kept = self._scan(first, stack, x, mask, positions, keep=partial(_kept, int8=int8))
             for i in range(stack_size(stack)):
                 layers.append(jax.tree.map(lambda s, i=i: _with_room(s[i], room), kept))
         ends = jnp.full((tokens.shape[0],), tokens.shape[1], jnp.int32)
@@ -293,9 +293,14 @@ def stack_size(stack: Block) -> int:
     return stack.mlp_norm.scale.shape[0]
 
 
+def _kept(x: Array, pair: tuple[Array, Array], *, int8: bool) -> LayerCache:
+    """What the cache takes of a layer's keys and values `[B, S, K, H]`."""
+    return LayerCache.of(*(jnp.swapaxes(part, 1, 2) for part in pair), int8=int8)
+
+
 def _with_room(cached: Array, room: int) -> Array:
-    """More slots at the end of `[B, S, ...]`."""
-    return jnp.pad(cached, ((0, 0), (0, room), *((0, 0),) * (cached.ndim - 2)))
+    """More slots at the end of `[B, K, S, ...]`."""
+    return jnp.pad(cached, ((0, 0), (0, 0), (0, room), *((0, 0),) * (cached.ndim - 3)))
 
 
 def count_positions(mask: Mask) -> Int[Array, "B S"]:

@@ -44,10 +44,10 @@ class View(NamedTuple):
 class LayerCache(NamedTuple):
     """Keys and values of one layer: in the compute dtype, or int8 codes with a scale for each token and head."""
 
-    keys: Float[Array, "B C K H"] | Int8[Array, "B C K H"]
-    values: Float[Array, "B C K H"] | Int8[Array, "B C K H"]
-    key_scales: Float[Array, "B C K"] | None = None
-    value_scales: Float[Array, "B C K"] | None = None
+    keys: Float[Array, "B K C H"] | Int8[Array, "B K C H"]
+    values: Float[Array, "B K C H"] | Int8[Array, "B K C H"]
+    key_scales: Float[Array, "B K C"] | None = None
+    value_scales: Float[Array, "B K C"] | None = None
 
     @classmethod
     def of(cls, keys: Float[Array, "*M H"], values: Float[Array, "*M H"], *, int8: bool) -> "LayerCache":
@@ -69,7 +69,7 @@ class Slots(NamedTuple):
         """The cache with the next token of each row in it."""
         new = LayerCache.of(keys, values, int8=self.cache.key_scales is not None)
         rows = jnp.arange(len(self.ends))
-        return jax.tree.map(lambda cached, x: cached.at[rows, self.ends].set(x), self.cache, new)
+        return jax.tree.map(lambda cached, x: cached.at[rows, :, self.ends].set(x), self.cache, new)
 
 
 class Linear(nnx.Module):

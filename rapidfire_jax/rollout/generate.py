@@ -227,7 +227,7 @@ def _continuously(model, prompts, prompt_mask, key, draw, config: SamplingConfig
         hidden, new = model.prefill(
             jax.lax.dynamic_slice_in_dim(prompts, loop.taken, R), mask, P, int8=config.int8_cache
         )
-        held = jax.tree.map(lambda cached, x: cached.at[slots, : x.shape[1]].set(x), loop.cache.layers, new.layers)
+        held = jax.tree.map(lambda cached, x: cached.at[slots, :, : x.shape[2]].set(x), loop.cache.layers, new.layers)
         starts, ends = loop.cache.starts.at[slots].set(new.starts), loop.cache.ends.at[slots].set(new.ends)
         cache = dataclasses.replace(loop.cache, layers=held, starts=starts, ends=ends)
         loop = loop._replace(key=key, cache=cache, row=loop.row.at[slots].set(row), taken=loop.taken + R)

@@ -33,7 +33,7 @@ def operands(shape, dtype, quantised, seed=0, scale=1.0):
     """Queries, cache, and the cache's scales or nothing."""
     B, C, N, K, H = shape
     q = normal(seed, (B, N, H), dtype)
-    keys, values = (normal(seed + i, (B, C, K, H), scale=scale) for i in (1, 2))
+    keys, values = (normal(seed + i, (B, K, C, H), scale=scale) for i in (1, 2))
     if not quantised:
         return (q, keys.astype(dtype), values.astype(dtype)), ()
     (keys, key_scales), (values, value_scales) = quantize_cache(keys), quantize_cache(values)
@@ -64,7 +64,7 @@ def test_kernel_skips_what_no_row_sees(quantised):
     starts = jnp.array([0, 70, 199, -50, 130, 0])
     ends = jnp.array([0, 70, 200, 1000, 64, 1])
     if not quantised:
-        keys, values = (x.at[5, 128:].set(jnp.nan) for x in (keys, values))
+        keys, values = (x.at[5, :, 128:].set(jnp.nan) for x in (keys, values))
     with hopper.simulated():
         found = call(q, keys, values, starts, ends, *scales, implementation="mosaic_gpu")
     keys, values = (jnp.nan_to_num(x) if not quantised else x for x in (keys, values))
@@ -119,10 +119,10 @@ def test_reference_agrees_with_numpy(quantised, soft_cap):
     for b, n in itertools.product(range(B), range(N)):
         seen = slice(starts[b], ends[b])
         if starts[b] < ends[b]:
-            scores = keys[b, seen, n // (N // K)] @ q[b, n] * 0.7
+            scores = keys[b, n // (N // K), seen] @ q[b, n] * 0.7
             scores = scores if soft_cap is None else soft_cap * np.tanh(scores / soft_cap)
             weights = np.exp(scores - scores.max())
-            wanted[b, n] = weights / weights.sum() @ values[b, seen, n // (N // K)]
+            wanted[b, n] = weights / weights.sum() @ values[b, n // (N // K), seen]
     np.testing.assert_allclose(found, wanted, **F32)
 
 
@@ -138,20 +138,20 @@ def test_quantised_numbers_are_off_by_at_most_half_a_scale():
 
 
 def test_says_what_is_wrong():
-    q, cache, ends = jnp.zeros((2, 4, 48)), jnp.zeros((2, 9, 2, 48)), jnp.zeros(2, jnp.int32)
+    q, cache, ends = jnp.zeros((2, 4, 48)), jnp.zeros((2, 2, 9, 48)), jnp.zeros(2, jnp.int32)
     with pytest.raises(NotImplementedError) as error:
         decode_attention(q, cache, cache, ends, implementation="mosaic_gpu")
     for reason in ("the device is 'cpu'", "dtype float32", "head width 48", "9 cache slots"):
         assert reason in str(error.value)
-    codes, scales = jnp.zeros((2, 9, 2, 48), jnp.int8), jnp.zeros((2, 9, 2))
+    codes, scales = jnp.zeros((2, 2, 9, 48), jnp.int8), jnp.zeros((2, 2, 9))
     for message, args, options in (
         (r"do not fit \[B, N, H\]", (q[0], cache, cache, ends), {}),
         (r"N a multiple of K", (q[:, :3], cache, cache, ends), {}),
         (r"ends float32\(2,\) is not an integer", (q, cache, cache, jnp.zeros(2)), {}),
         (r"starts int32\(3,\)", (q, cache, cache, ends), {"starts": jnp.zeros(3, jnp.int32)}),
         (r"both float32 as q, or both int8", (q, cache, codes, ends), {}),
-        (r"key_scales=None with a cache of int8; accepted: float32\(2, 9, 2\)", (q, codes, codes, ends), {}),
-        (r"value_scales=float32\(2, 9, 2\) with a cache", (q, cache, cache, ends), {"value_scales": scales}),
+        (r"key_scales=None with a cache of int8; accepted: float32\(2, 2, 9\)", (q, codes, codes, ends), {}),
+        (r"value_scales=float32\(2, 2, 9\) with a cache", (q, cache, cache, ends), {"value_scales": scales}),
     ):
         with pytest.raises(ValueError, match=message):
             decode_attention(*args, **options)

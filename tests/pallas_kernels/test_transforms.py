@@ -101,7 +101,7 @@ EXAMPLES = {
     ),
     "decode_attention": Example(
         decode_attention,
-        (bf16(0, N, 2, 4, 64), bf16(1, N, 2, 72, 2, 64), bf16(2, N, 2, 72, 2, 64), TOKENS[:, 1:3] % 72 + 1),
+        (bf16(0, N, 2, 4, 64), bf16(1, N, 2, 2, 72, 64), bf16(2, N, 2, 2, 72, 64), TOKENS[:, 1:3] % 72 + 1),
         (True,) * 4,
         (),
     ),
