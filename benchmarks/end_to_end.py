@@ -93,12 +93,7 @@ def peer_python() -> Path:
         wanted = [*(f"{name}=={version}" for name, version in PEER.items()), *OTHERS]
         subprocess.run([uv, "venv", "--clear", "--seed", "--no-project", "--python", "3.11", folder], check=True)
         by_uv = [uv, "pip", "install", "--python", str(python), "--torch-backend", "cpu"]
-        by_pip = [
-            str(python),
-            "-m",
-            "pip",
-            "install",
-        ]  # where PyTorch's own index is out of reach
+        by_pip = [str(python), "-m", "pip", "install"]  # where PyTorch's own index is out of reach
         if not any(subprocess.run([*how, *wanted], stdout=sys.stderr).returncode == 0 for how in (by_uv, by_pip)):
             sys.exit(f"error: cannot install {', '.join(wanted)} into {folder}")
     return python
@@ -115,7 +110,7 @@ def _is_complete(python: Path) -> bool:
 def write_models(folder: Path, shape: Shape) -> None:
     """What both sides load: policy, reward model, prompts without padding.
 
-    The values of the reward model's attention are larger than is usual, so that the whole response counts.
+    The reward model's embedding and its last attention are strong: all tokens of a response count much the same.
     """
     import numpy as np
     from flax import nnx
@@ -128,8 +123,9 @@ def write_models(folder: Path, shape: Shape) -> None:
     config = DecoderConfig(shape.vocabulary, D, 4 * D, shape.layers, N, N, D // N, shape.prompt + shape.response)
     save_pretrained(CausalLM(config, rngs=nnx.Rngs(0)), folder / "policy")
     reward = RewardModel(config, rngs=nnx.Rngs(1))
+    reward.embedding[...] *= 50.0
     for projection in (reward.blocks.v_proj, reward.blocks.o_proj):
-        projection.kernel[...] *= 8
+        projection.kernel[...] = projection.kernel[...].at[-1].multiply(32.0)
     save_pretrained(reward, folder / "reward")
     prompts = np.random.default_rng(2).integers(shape.vocabulary, size=(shape.rows, shape.prompt))
     np.save(folder / "prompts.npy", prompts.astype(np.int32))
@@ -182,7 +178,7 @@ class Worker:
 
     def close(self) -> None:
         """Ends the process."""
-        self._process.send_signal(signal.SIGCONT)
+        self._process.kill()
         self._process.communicate()
         self._log.close()
 
@@ -339,6 +335,7 @@ def main() -> None:
     sides = tuple(args.sides.split(","))
     if unknown := set(sides) - set(SIDES):
         parser.error(f"--sides: no {', '.join(sorted(unknown))}; there are {', '.join(SIDES)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # takes the workers along
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])  # the workers inherit it
     shapes = [shape for name in SHAPES if args.shape in (None, name) for shape in SHAPES[name]]
     pairs, iterations = args.pairs, args.iterations
