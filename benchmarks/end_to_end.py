@@ -35,7 +35,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from flax import nnx
+
 from benchmarks.results import append, show
+from rapidfire_jax.models.config import DecoderConfig
+from rapidfire_jax.models.export import save_pretrained
+from rapidfire_jax.models.heads import CausalLM, RewardModel
+from rapidfire_jax.user_cache import cache_folder
 
 ROOT = Path(__file__).parents[1]
 PEER = {"trl": "1.12.0", "torch": "2.13.0", "transformers": "5.23.0"}
@@ -86,8 +93,7 @@ SHOWN = (
 
 def peer_python() -> Path:
     """The interpreter of TRL's environment, which is made if it is not there."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rapidfire-jax"
-    folder = cache / "peers" / f"trl-{PEER['trl']}"
+    folder = cache_folder() / "peers" / f"trl-{PEER['trl']}"
     python, uv = folder / "bin/python", os.environ.get("UV", "uv")
     if not _is_complete(python):
         wanted = [*(f"{name}=={version}" for name, version in PEER.items()), *OTHERS]
@@ -112,13 +118,6 @@ def write_models(folder: Path, shape: Shape) -> None:
 
     The reward model's embedding and its last attention are strong: all tokens of a response count much the same.
     """
-    import numpy as np
-    from flax import nnx
-
-    from rapidfire_jax import save_pretrained
-    from rapidfire_jax.models.config import DecoderConfig
-    from rapidfire_jax.models.heads import CausalLM, RewardModel
-
     D, N = shape.width, shape.heads
     config = DecoderConfig(shape.vocabulary, D, 4 * D, shape.layers, N, N, D // N, shape.prompt + shape.response)
     save_pretrained(CausalLM(config, rngs=nnx.Rngs(0)), folder / "policy")
@@ -341,8 +340,11 @@ def main() -> None:
     pairs, iterations = args.pairs, args.iterations
     if args.quick:
         shapes, pairs, iterations = [SHAPES["tiny"][0]], 1, 6
-    rows = [row for shape in shapes for row in rows_of(shape, compare(shape, sides, pairs, iterations), args.price)]
-    append("end_to_end", rows)
+    rows = []
+    for shape in shapes:
+        found = rows_of(shape, compare(shape, sides, pairs, iterations), args.price)
+        append("end_to_end", found)
+        rows += found
     if args.json:
         print(json.dumps({"rows": rows, "headline": headline(rows)}))
         return
