@@ -19,13 +19,23 @@ PACKAGES = ("jax", "flax", "numpy")
 
 def report(name: str, rows: list[dict[str, Any]]) -> None:
     """Prints `rows`, which have the same keys, and appends them to `results/NAME.csv`."""
+    show(rows)
+    append(name, rows)
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Prints `rows` as a table."""
     table = rich.table.Table(*rows[0])
     for row in rows:
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
     console = rich.console.Console()
-    unbounded = console.options.update(max_width=1000)
-    width = max(console.width, rich.measure.Measurement.get(console, unbounded, table).maximum)
-    console.print(table, width=width, crop=False)  # a terminal may wrap the lines, but no figure is cut off
+    needed = rich.measure.Measurement.get(console, console.options.update(max_width=1000), table).maximum
+    # A terminal may wrap the lines, but no figure is cut off.
+    rich.console.Console(width=max(console.width, needed)).print(table)
+
+
+def append(name: str, rows: list[dict[str, Any]]) -> None:
+    """Adds `rows` to `results/NAME.csv`."""
     FOLDER.mkdir(exist_ok=True)
     path, new = FOLDER / f"{name}.csv", not (FOLDER / f"{name}.csv").exists()
     with path.open("a", encoding="utf-8", newline="") as file:

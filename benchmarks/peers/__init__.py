@@ -1,0 +1,1 @@
+"""What `benchmarks.end_to_end` compares, each in a process of its own."""
