@@ -29,7 +29,6 @@ import json
 import os
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -39,15 +38,12 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.results import append, show
+from benchmarks.workers import DISTURBED, THREADS, Worker, peer_python
 from rapidfire_jax.models.config import DecoderConfig
 from rapidfire_jax.models.export import save_pretrained
 from rapidfire_jax.models.heads import CausalLM, RewardModel
-from rapidfire_jax.user_cache import cache_folder
 
-ROOT = Path(__file__).parents[1]
-PEER = {"trl": "1.12.0", "torch": "2.13.0", "transformers": "5.23.0"}
-OTHERS = ("peft", "accelerate", "datasets")
-THREADS, REPEATS, DISTURBED, WINDOW = 2, 3, 0.05, 3
+WINDOW = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,28 +87,6 @@ SHOWN = (
 )  # fmt: skip
 
 
-def peer_python() -> Path:
-    """The interpreter of TRL's environment, which is made if it is not there."""
-    folder = cache_folder() / "peers" / f"trl-{PEER['trl']}"
-    python, uv = folder / "bin/python", os.environ.get("UV", "uv")
-    if not _is_complete(python):
-        wanted = [*(f"{name}=={version}" for name, version in PEER.items()), *OTHERS]
-        subprocess.run([uv, "venv", "--clear", "--seed", "--no-project", "--python", "3.11", folder], check=True)
-        by_uv = [uv, "pip", "install", "--python", str(python), "--torch-backend", "cpu"]
-        by_pip = [str(python), "-m", "pip", "install"]  # where PyTorch's own index is out of reach
-        if not any(subprocess.run([*how, *wanted], stdout=sys.stderr).returncode == 0 for how in (by_uv, by_pip)):
-            sys.exit(f"error: cannot install {', '.join(wanted)} into {folder}")
-    return python
-
-
-def _is_complete(python: Path) -> bool:
-    if not python.exists():
-        return False
-    say = f"from importlib.metadata import version; print(*map(version, {[*PEER, *OTHERS]}))"
-    said = subprocess.run([python, "-c", say], capture_output=True, text=True, check=False).stdout.split()
-    return [version.partition("+")[0] for version in said[: len(PEER)]] == list(PEER.values())
-
-
 def write_models(folder: Path, shape: Shape) -> None:
     """What both sides load: policy, reward model, prompts without padding.
 
@@ -130,91 +104,22 @@ def write_models(folder: Path, shape: Shape) -> None:
     np.save(folder / "prompts.npy", prompts.astype(np.int32))
 
 
-class Worker:
-    """A side in a process of its own, stopped but for the iterations that it is asked for.
-
-    `started` is what it said of itself, `answers` what of its iterations; of each, "others" is the share of the cores
-    that other processes took meanwhile, and "counts" says whether its time does.
-    """
-
-    def __init__(self, side: str, python: Path, folder: Path, shape: Shape):
-        module = "trl_ppo" if side.startswith("trl") else "rapidfire_ppo"
-        settings = dataclasses.asdict(shape) | COMMON | SIDES[side] | {"folder": str(folder)}
-        command = [str(python), "-m", f"benchmarks.peers.{module}", json.dumps(settings)]
-        self.side, self.answers = side, list[dict[str, Any]]()
-        self._log = (folder / f"{side}.log").open("w+")
-        self._process = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
-        )
-        try:
-            self.started = self._answer()
-        except RuntimeError:
-            self.close()
-            raise
-        self._stop()
-
-    def iterate(self) -> dict[str, Any]:
-        """One iteration, and its answer."""
-        assert self._process.stdin is not None
-        self._process.send_signal(signal.SIGCONT)
-        before = _ticks(self._process.pid)
-        self._process.stdin.write("go\n")
-        self._process.stdin.flush()
-        answer = self._answer()
-        total, busy, own = (b - a for a, b in zip(before, _ticks(self._process.pid), strict=True))
-        self._stop()
-        self.answers.append(answer | {"others": max(busy - own, 0) / max(total, 1), "counts": False})
-        told = "{side} {n}: {seconds:.2f} s, score {score:.3f}, {others:.0%} of the cores to others"
-        print(told.format(side=self.side, n=len(self.answers), **self.answers[-1]), file=sys.stderr, flush=True)
-        return self.answers[-1]
-
-    def measure(self) -> None:
-        """Iterations until one is undisturbed; the least disturbed counts."""
-        tried: list[dict[str, Any]] = []
-        while len(tried) <= REPEATS and not (tried and tried[-1]["others"] <= DISTURBED):
-            tried.append(self.iterate())
-        min(tried, key=lambda answer: answer["others"])["counts"] = True
-
-    def close(self) -> None:
-        """Ends the process."""
-        self._process.kill()
-        self._process.communicate()
-        self._log.close()
-
-    def _stop(self) -> None:
-        """Returns when every thread stands."""
-        self._process.send_signal(signal.SIGSTOP)
-        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            self._log.seek(0)
-            raise RuntimeError(f"{self.side} ended:\n{self._log.read()[-3000:]}")
-        return json.loads(line)
-
-
-def _ticks(pid: int) -> tuple[int, int, int]:
-    """Clock ticks so far: of the cores that this process may use, those not idle, and those of process `pid`."""
-    names = {f"cpu{core}" for core in os.sched_getaffinity(0)}
-    lines = (line.split() for line in Path("/proc/stat").read_text().splitlines())
-    cores = [list(map(int, ticks[:8])) for name, *ticks in lines if name in names]  # the last two are counted twice
-    total, idle = sum(map(sum, cores)), sum(ticks[3] + ticks[4] for ticks in cores)
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return total, total - idle, int(fields[11]) + int(fields[12])
+def start(side: str, folder: Path, shape: Shape) -> Worker:
+    """A side on the models and prompts of a folder."""
+    theirs = side.startswith("trl")
+    settings = dataclasses.asdict(shape) | COMMON | SIDES[side] | {"folder": str(folder)}
+    python = peer_python() if theirs else Path(sys.executable)
+    return Worker(side, python, "trl_ppo" if theirs else "rapidfire_ppo", settings, folder)
 
 
 def compare(shape: Shape, sides: tuple[str, ...], pairs: int, iterations: int) -> list[Worker]:
     """The sides of a shape, with what they answered."""
-    python = peer_python() if any(side.startswith("trl") for side in sides) else None
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         folder = Path(scratch)
         write_models(folder, shape)
         workers = []
         for side in sides:
-            its_python = python if python is not None and side.startswith("trl") else Path(sys.executable)
-            workers.append(Worker(side, its_python, folder, shape))
+            workers.append(start(side, folder, shape))
             stack.callback(workers[-1].close)
         for worker in workers:
             worker.iterate()

@@ -12,7 +12,8 @@ import pytest
 from flax import nnx
 
 from benchmarks import end_to_end
-from benchmarks.end_to_end import Shape, Worker, headline, reached, rows_of, write_models
+from benchmarks.end_to_end import Shape, headline, reached, rows_of, start, write_models
+from benchmarks.workers import Worker
 from rapidfire_jax import (
     FlaxAutoModelForCausalLM,
     FlaxAutoModelForSequenceClassification,
@@ -34,7 +35,7 @@ def score_of_first_rollouts(model, reward, prompts, key):
 def test_our_worker(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     write_models(tmp_path, MICRO)
-    worker = Worker("lora", Path(sys.executable), tmp_path, MICRO)
+    worker = start("lora", tmp_path, MICRO)
     status = Path(f"/proc/{worker._process.pid}/status")
     first, second = worker.iterate(), worker.iterate()
     assert "State:\tT" in status.read_text()  # stopped
@@ -58,7 +59,7 @@ def test_our_worker(tmp_path, monkeypatch):
 
 def test_a_worker_that_fails_says_why(tmp_path):
     with pytest.raises(RuntimeError, match=r"trl ended:[\s\S]*Error"):  # there is no torch, and no model
-        Worker("trl", Path(sys.executable), tmp_path, MICRO)
+        Worker("trl", Path(sys.executable), "trl_ppo", {}, tmp_path)
 
 
 class Scripted(Worker):
@@ -128,7 +129,7 @@ def test_a_reward_that_is_never_reached():
     assert headline([row]) == []
 
 
-@pytest.mark.parametrize("name", ["__init__", "protocol", "trl_ppo"])
+@pytest.mark.parametrize("name", ["__init__", "protocol", "trl_ppo", "hf_generate"])
 def test_the_peer_has_python_3_11(name):
     code = (Path(end_to_end.__file__).parent / "peers" / f"{name}.py").read_text(encoding="utf-8")
     ast.parse(code, feature_version=(3, 11))
