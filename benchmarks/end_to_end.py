@@ -38,7 +38,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.results import append, show
-from benchmarks.workers import DISTURBED, THREADS, Worker, peer_python
+from benchmarks.workers import DISTURBED, THREADS, Worker, peer_python, take_turns
 from rapidfire_jax.models.config import DecoderConfig
 from rapidfire_jax.models.export import save_pretrained
 from rapidfire_jax.models.heads import CausalLM, RewardModel
@@ -117,15 +117,8 @@ def compare(shape: Shape, sides: tuple[str, ...], pairs: int, iterations: int) -
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         folder = Path(scratch)
         write_models(folder, shape)
-        workers = []
-        for side in sides:
-            workers.append(start(side, folder, shape))
-            stack.callback(workers[-1].close)
-        for worker in workers:
-            worker.iterate()
-        for _ in range(pairs):
-            for worker in workers:
-                worker.measure()
+        workers = [stack.enter_context(start(side, folder, shape)) for side in sides]
+        take_turns(workers, pairs)
         goal = threshold(workers)
         for worker in workers:
             while reached(worker.answers, goal) is None and len(worker.answers) < iterations:

@@ -5,8 +5,9 @@
 Equal lengths: 16 responses of full length to prompts without padding, temperature 1, whole vocabulary; transformers in
 float32, ours in float32 and bfloat16. Unequal lengths: 128 prompts, every token ends a response with a probability of 4
 over the limit (some tokens of a model of random weights count as EOS), so that lengths are geometric with a mean of
-nearly a quarter of it; 16 rows at a time until the last of them has ended, or 16 slots that are filled again. All are
-processes of their own that go in turns, see `benchmarks.workers`; figures are medians of 3 after the first.
+nearly a quarter of it; 16 rows at a time until the last of them has ended, or a decode batch of 16 whose lanes are
+filled again. All are processes of their own that go in turns, see `benchmarks.workers`; figures are medians of 3 after
+the first.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from flax import nnx
 
 from benchmarks.quantization import MODEL
 from benchmarks.results import append, show
-from benchmarks.workers import DISTURBED, THREADS, Worker, peer_python
+from benchmarks.workers import DISTURBED, THREADS, Worker, peer_python, take_turns
 from rapidfire_jax import FlaxAutoModelForCausalLM
 from rapidfire_jax.models.config import DecoderConfig
 from rapidfire_jax.models.export import save_pretrained
@@ -46,12 +47,13 @@ class Case:
 
 
 def _ours(dtype: str = "float32", **settings: Any) -> dict[str, Any]:
-    return {"module": "rapidfire_generate", "dtype": dtype, "slots": None, "one_batch": True, "eos_ids": 0} | settings
+    batch = {"decode_batch_size": None, "one_batch": True, "eos_ids": 0}
+    return {"module": "rapidfire_generate", "dtype": dtype} | batch | settings
 
 
 def _unequal(response: int) -> dict[str, dict[str, Any]]:
     settings = {"one_batch": False, "eos_ids": 4 * SMALL.vocab_size // response}
-    return {"static": _ours(**settings), "continuous": _ours(**settings, slots=ROWS)}
+    return {"static": _ours(**settings), "continuous": _ours(**settings, decode_batch_size=ROWS)}
 
 
 EQUAL = {
@@ -79,13 +81,8 @@ def measure(case: Case, turns: int) -> list[dict[str, Any]]:
         for side, told in case.sides.items():
             python = peer_python() if told["module"] == "hf_generate" else Path(sys.executable)
             settings = told | {"folder": str(folder), "rows": ROWS, "response": case.response, "threads": THREADS}
-            workers.append(Worker(side, python, told["module"], settings, folder))
-            stack.callback(workers[-1].close)
-        for worker in workers:
-            worker.iterate()
-        for _ in range(turns):
-            for worker in workers:
-                worker.measure()
+            workers.append(stack.enter_context(Worker(side, python, told["module"], settings, folder)))
+        take_turns(workers, turns)
     rows, first = [], None
     for worker in workers:
         counted = [answer for answer in worker.answers if answer["counts"]]

@@ -67,6 +67,12 @@ class Worker:
             raise
         self._stop()
 
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def iterate(self) -> dict[str, Any]:
         """One iteration, and its answer."""
         assert self._process.stdin is not None
@@ -107,6 +113,15 @@ class Worker:
             self._log.seek(0)
             raise RuntimeError(f"{self.side} ended:\n{self._log.read()[-3000:]}")
         return json.loads(line)
+
+
+def take_turns(workers: list[Worker], turns: int) -> None:
+    """An iteration of each that compiles and does not count, then `turns` measured ones, one worker after another."""
+    for worker in workers:
+        worker.iterate()
+    for _ in range(turns):
+        for worker in workers:
+            worker.measure()
 
 
 def _ticks(pid: int) -> tuple[int, int, int]:

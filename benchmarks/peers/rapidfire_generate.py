@@ -18,10 +18,11 @@ def main() -> None:
     settings, folder = channel.settings, Path(channel.settings["folder"])
     model = FlaxAutoModelForCausalLM.from_pretrained(str(folder / "policy"), dtype=settings["dtype"])
     prompts = jnp.asarray(np.load(folder / "prompts.npy"))
-    rows, at_once = settings["rows"], settings["rows"] if settings["slots"] is None else len(prompts)
+    rows, lanes = settings["rows"], settings["decode_batch_size"]
+    at_once = rows if lanes is None else len(prompts)
     prompts = prompts[:rows] if settings["one_batch"] else prompts
     eos_ids = tuple(range(settings["eos_ids"]))
-    config = SamplingConfig(max_new_tokens=settings["response"], eos_ids=eos_ids, slots=settings["slots"])
+    config = SamplingConfig(max_new_tokens=settings["response"], eos_ids=eos_ids, decode_batch_size=lanes)
     run = jax.jit(generate, static_argnames="config")
     channel.tell(versions=", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib")))
     key = jax.random.key(0)

@@ -59,7 +59,7 @@ class RolloutConfig(Section):
     top_k: Annotated[int, Field(ge=0, description="0: off")] = 0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     min_p: Annotated[float, Field(ge=0.0, le=1.0, description="of the most likely token's probability")] = 0.0
-    slots: Positive | None = Field(
+    decode_batch_size: Positive | None = Field(
         default=None, description="responses decoded at a time, refilled as they end; null: all"
     )
     dtype: Literal["float32", "bfloat16"] | None = Field(default=None, description="of decoding; null: the model's")

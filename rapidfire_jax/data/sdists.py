@@ -40,16 +40,12 @@ def fetch(name: str) -> Path:
     if match is None or ".." in parts or not parts or parts[0] == "/":
         raise InputError(f"{name}: write {SDIST}NAME==VERSION/PATH/IN/IT")
     project = re.sub(r"[-_.]+", "-", match["project"]).lower()
-    target = _cache_folder() / f"{project}-{match['version']}" / Path(*parts)
+    target = cache_folder() / "sdists" / f"{project}-{match['version']}" / Path(*parts)
     if not target.is_file():
         with tempfile.TemporaryDirectory(prefix="rapidfire-jax-sdist-") as folder:
             archive = _download(name, match["project"], match["version"], Path(folder))
             _extract(name, archive, PurePosixPath(*parts), target)
     return target
-
-
-def _cache_folder() -> Path:
-    return cache_folder() / "sdists"
 
 
 def _pip() -> list[str] | None:

@@ -1,7 +1,7 @@
 """Sampling whole responses as one program: prefill, then a `while_loop` over a key/value cache.
 
-All rows at once, until the last has ended; or, with fewer slots than rows, continuously: a slot whose row has ended
-takes the next prompt, so that unequal lengths leave few slots idle.
+All rows at once, until the last has ended; or, with a smaller decode batch, continuously: a lane of it whose row
+has ended takes the next prompt, so that unequal lengths leave few lanes idle.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ class SamplingConfig:
     min_p: float = 0.0
     greedy: bool = False
     int8_cache: bool = False  # keys and values in 8 bits
-    slots: int | None = None  # rows decoded at a time; None: all
+    decode_batch_size: int | None = None  # rows decoded at a time; None: all
 
 
 class Generation(NamedTuple):
@@ -47,15 +47,15 @@ class Generation(NamedTuple):
 
 def loop_trips(rows: int, config: SamplingConfig) -> tuple[int, ...]:
     """How often the loops of the program go round, the outer one first, if every response has its full length."""
-    T, slots = config.max_new_tokens, config.slots
-    if slots is None or slots >= rows:
+    T, lanes = config.max_new_tokens, config.decode_batch_size
+    if lanes is None or lanes >= rows:
         return (T,)
-    R = _refilled_at_once(slots)
-    return -(-rows // R), -(-T * R // slots)
+    R = _refilled_at_once(lanes)
+    return -(-rows // R), -(-T * R // lanes)
 
 
-def _refilled_at_once(slots: int) -> int:
-    return -(-slots // 4)
+def _refilled_at_once(lanes: int) -> int:
+    return -(-lanes // 4)
 
 
 class _Drawn(NamedTuple):
@@ -84,13 +84,13 @@ def generate(
       prompt_mask: True on real tokens.
       key: random key; the same key gives the same responses.
       temperature: divides the logits; traced, so changing it compiles nothing.
-      config: static settings; `config.slots` bounds the memory of the cache and the work of a step.
+      config: static settings; `config.decode_batch_size` bounds the memory of the cache and the work of a step.
 
     No gradient flows: wrap nothing around this. Activations and cache have the compute dtype of the model.
     """
     draw = partial(_draw, model, temperature=temperature, config=config)
     sample_all = _all_at_once
-    if config.slots is not None and config.slots < len(prompts):
+    if config.decode_batch_size is not None and config.decode_batch_size < len(prompts):
         sample_all = _continuously
     tokens, mask_t, logp_t, v_t = sample_all(model, prompts, prompt_mask, key, draw, config)
     eos = jnp.asarray(config.eos_ids, jnp.int32)
@@ -184,8 +184,8 @@ def _all_at_once(model, prompts, prompt_mask, key, draw, config: SamplingConfig)
     return jax.lax.while_loop(lambda s: (s.t < T) & s.running.any(), advance, choose(start, hidden[:, -1])).responses
 
 
-class _Slots(NamedTuple):
-    """M slots, each with the row that it decodes."""
+class _Lanes(NamedTuple):
+    """M lanes of the batch, each with the row that it decodes."""
 
     key: Array
     cache: "KVCache"
@@ -193,47 +193,47 @@ class _Slots(NamedTuple):
     token: Int[Array, " M"]  # the last one drawn
     t: Int[Array, " M"]  # tokens drawn
     running: Bool[Array, " M"]
-    taken: Int[Array, ""]  # prompts that have had a slot
+    taken: Int[Array, ""]  # prompts that have had a lane
     responses: _Responses
 
 
 def _continuously(model, prompts, prompt_mask, key, draw, config: SamplingConfig) -> _Responses:
-    """A few rows at a time: whenever a quarter of the slots are free, that many prompts are prefilled into them.
+    """A few rows at a time: whenever a quarter of the lanes are free, that many prompts are prefilled into them.
 
     Yu et al., Orca: A Distributed Serving System for Transformer-Based Generative Models, 2022.
     """
     B, P = prompts.shape
-    T, M = config.max_new_tokens, config.slots or B
+    T, M = config.max_new_tokens, config.decode_batch_size or B
     R = _refilled_at_once(M)
     layers = model.layers()
     lengths = prompt_mask.sum(axis=1, dtype=jnp.int32)
     prompts, prompt_mask = (jnp.pad(x, ((0, -B % R), (0, 0)), mode="edge") for x in (prompts, prompt_mask))
 
-    def put(loop: _Slots, drawn: _Drawn, slots: Int[Array, " N"], row: Int[Array, " N"], t: Int[Array, " N"]) -> _Slots:
+    def put(loop: _Lanes, drawn: _Drawn, lanes: Int[Array, " N"], row: Int[Array, " N"], t: Int[Array, " N"]) -> _Lanes:
         """Files what was drawn as token t of its row; rows that are not running have number B, and are dropped."""
         cells = _Responses(drawn.token, row < B, drawn.logp, drawn.value)
         return loop._replace(
-            token=loop.token.at[slots].set(drawn.token),
-            t=loop.t.at[slots].set(t + 1),
-            running=loop.running.at[slots].set(drawn.goes_on & (t + 1 < T)),
+            token=loop.token.at[lanes].set(drawn.token),
+            t=loop.t.at[lanes].set(t + 1),
+            running=loop.running.at[lanes].set(drawn.goes_on & (t + 1 < T)),
             responses=jax.tree.map(lambda array, x: array.at[row, t].set(x, mode="drop"), loop.responses, cells),
         )
 
-    def refill(loop: _Slots) -> _Slots:
+    def refill(loop: _Lanes) -> _Lanes:
         key, now = jax.random.split(loop.key)
-        slots = jnp.argsort(loop.running, stable=True)[:R]
+        lanes = jnp.argsort(loop.running, stable=True)[:R]
         row = loop.taken + jnp.arange(R)
         mask = jax.lax.dynamic_slice_in_dim(prompt_mask, loop.taken, R)
         hidden, new = model.prefill(
             jax.lax.dynamic_slice_in_dim(prompts, loop.taken, R), mask, P, int8=config.int8_cache
         )
-        held = jax.tree.map(lambda cached, x: cached.at[slots, :, : x.shape[2]].set(x), loop.cache.layers, new.layers)
-        starts, ends = loop.cache.starts.at[slots].set(new.starts), loop.cache.ends.at[slots].set(new.ends)
+        held = jax.tree.map(lambda cached, x: cached.at[lanes, :, : x.shape[2]].set(x), loop.cache.layers, new.layers)
+        starts, ends = loop.cache.starts.at[lanes].set(new.starts), loop.cache.ends.at[lanes].set(new.ends)
         cache = dataclasses.replace(loop.cache, layers=held, starts=starts, ends=ends)
-        loop = loop._replace(key=key, cache=cache, row=loop.row.at[slots].set(row), taken=loop.taken + R)
-        return put(loop, draw(hidden[:, -1], row < B, now), slots, jnp.minimum(row, B), jnp.zeros(R, jnp.int32))
+        loop = loop._replace(key=key, cache=cache, row=loop.row.at[lanes].set(row), taken=loop.taken + R)
+        return put(loop, draw(hidden[:, -1], row < B, now), lanes, jnp.minimum(row, B), jnp.zeros(R, jnp.int32))
 
-    def advance(loop: _Slots) -> _Slots:
+    def advance(loop: _Lanes) -> _Lanes:
         key, now = jax.random.split(loop.key)
         positions = lengths[jnp.minimum(loop.row, B - 1)] + loop.t - 1
         hidden, cache = model.decode(layers, loop.cache, loop.token, loop.running, positions)
@@ -241,10 +241,10 @@ def _continuously(model, prompts, prompt_mask, key, draw, config: SamplingConfig
         row = jnp.where(loop.running, loop.row, B)
         return put(loop._replace(key=key, cache=cache), drawn, jnp.arange(M), row, loop.t)
 
-    def serve(loop: _Slots) -> _Slots:
+    def serve(loop: _Lanes) -> _Lanes:
         """Takes the next prompts, and decodes until there is room for more."""
 
-        def is_full(loop: _Slots) -> Bool[Array, ""]:
+        def is_full(loop: _Lanes) -> Bool[Array, ""]:
             room = (~loop.running).sum() >= R
             return loop.running.any() & ~(room & (loop.taken < B))
 
@@ -252,7 +252,7 @@ def _continuously(model, prompts, prompt_mask, key, draw, config: SamplingConfig
 
     _, cache = jax.eval_shape(lambda: model.prefill(prompts[:M], prompt_mask[:M], P + T, int8=config.int8_cache))
     zeros = jnp.zeros(M, jnp.int32)
-    start = _Slots(
+    start = _Lanes(
         key=key,
         cache=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), cache),
         row=zeros,

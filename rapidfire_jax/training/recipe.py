@@ -124,7 +124,7 @@ def recipe_of(
         top_p=rollout.top_p,
         min_p=rollout.min_p,
         int8_cache=rollout.cache == "int8",
-        slots=rollout.slots,
+        decode_batch_size=rollout.decode_batch_size,
     )
     static = static_of(config, recompute=rollout.log_probs == "recompute", eos_id=eos_id)
     return Recipe(config, sampling, static, optimizer)

@@ -31,13 +31,14 @@ def test_greedy_equals_argmax_of_full_forwards(tied):
     assert out.mask_t.all() and not out.ended.any()
 
 
-@pytest.mark.parametrize("slots", [None, 2])
-def test_log_probabilities_and_values_agree_with_a_full_forward(slots):
+@pytest.mark.parametrize("decode_batch_size", [None, 2])
+def test_log_probabilities_and_values_agree_with_a_full_forward(decode_batch_size):
     model = tiny_model()
     model.add_value_head()
     model.value_kernel[...] = jax.random.normal(jax.random.key(1), (TINY.hidden_size,))
     tokens, mask = padded_batch([2, 5, 6], 6)
-    out = run(model, tokens, mask, temperature=jnp.float32(0.7), max_new_tokens=10, eos_ids=(5, 9), slots=slots)
+    config = {"max_new_tokens": 10, "eos_ids": (5, 9), "decode_batch_size": decode_batch_size}
+    out = run(model, tokens, mask, temperature=jnp.float32(0.7), **config)
     hidden = model.hidden(out.tokens, out.attention_mask)[:, 5:-1]
     logps = jax.nn.log_softmax(model.logits(hidden) / jnp.float32(0.7))
     expected = jnp.take_along_axis(logps, out.tokens[:, 6:, None], -1)[..., 0]
@@ -88,9 +89,9 @@ def test_same_key_same_tokens_and_no_new_compilation():
     assert (np.asarray(first.tokens) != np.asarray(other.tokens)).any()
 
 
-@pytest.mark.parametrize(("rows", "slots"), [(7, 1), (9, 2), (10, 4), (13, 8), (4, 4), (4, 9)])
+@pytest.mark.parametrize(("rows", "lanes"), [(7, 1), (9, 2), (10, 4), (13, 8), (4, 4), (4, 9)])
 @pytest.mark.parametrize("int8_cache", [False, True])
-def test_few_slots_give_the_responses_of_all_rows_at_once(rows, slots, int8_cache):
+def test_a_small_decode_batch_gives_the_responses_of_all_rows_at_once(rows, lanes, int8_cache):
     model = tiny_model()
     model.add_value_head()
     model.value_kernel[...] = jax.random.normal(jax.random.key(1), (TINY.hidden_size,))
@@ -100,7 +101,7 @@ def test_few_slots_give_the_responses_of_all_rows_at_once(rows, slots, int8_cach
     eos_ids = int(free[0, 2]), int(free[1, 5])
     expected = run(model, tokens, mask, eos_ids=eos_ids, **config)
     assert len(set(np.asarray(expected.mask_t).sum(axis=1))) > 1
-    found = run(model, tokens, mask, eos_ids=eos_ids, slots=slots, **config)
+    found = run(model, tokens, mask, eos_ids=eos_ids, decode_batch_size=lanes, **config)
     for name in ("tokens", "attention_mask", "mask_t", "ended"):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
     np.testing.assert_allclose(found.logp_t, expected.logp_t, **F32_LONG)

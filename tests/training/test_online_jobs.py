@@ -53,8 +53,8 @@ def changed(before, after):
     return jax.tree.map(lambda a, b: bool(np.any(np.asarray(a) != np.asarray(b))), before, after)
 
 
-def test_quantised_weights_integer_products_a_cache_of_8_bits_and_few_slots(online, finish):
-    changes = {"cache": "int8", "activations": "int8", "slots": 3}
+def test_quantised_weights_integer_products_a_cache_of_8_bits_and_a_small_decode_batch(online, finish):
+    changes = {"cache": "int8", "activations": "int8", "decode_batch_size": 3}
     done = finish(online("ppo", model={"quantize": "int8", "quantize_vocabulary": "int8"}, rollout=changes))
     assert_exported(done)
     assert all(0 < record["policy/rollout_mismatch"] < 0.2 for record in done.records)
