@@ -20,7 +20,7 @@ from pallas_kernels import Quantized, quantize_cache, rms_norm
 from pallas_kernels.decode_attention.api import decode_attention
 from pallas_kernels.flash_attention.api import flash_attention
 from rapidfire_jax.models.config import DecoderConfig
-from rapidfire_jax.models.quantization import dense, multiply, shape_of
+from rapidfire_jax.models.quantization import dense, matmul, multiply, shape_of
 from rapidfire_jax.models.rope import rotate
 
 _tanh_gelu = partial(jax.nn.gelu, approximate=True)
@@ -95,8 +95,8 @@ class Linear(nnx.Module):
         if self.bias is not None:
             y += jnp.broadcast_to(self.bias[...].astype(x.dtype), y.shape)
         if self.lora_scale is not None:
-            narrow = checkpoint_name(x @ self.lora_a[...].astype(x.dtype), "lora")
-            y += narrow @ (self.lora_b[...] * self.lora_scale).astype(x.dtype)
+            narrow = checkpoint_name(matmul(x, self.lora_a[...].astype(x.dtype)), "lora")
+            y += matmul(narrow, (self.lora_b[...] * self.lora_scale).astype(x.dtype))
         return y
 
     def merged(self, dtype: DTypeLike, layer: int | None = None) -> Float[Array, "*L in out"]:

@@ -15,7 +15,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import Quantized, dequantize, quantize, quantize_cache, quantized_matmul
+from pallas_kernels import Quantized, dequantize, hopper, quantize, quantize_cache, quantized_matmul
 from pallas_kernels.quantized_matmul.formats import FORMATS, GROUP
 from rapidfire_jax.errors import InputError
 
@@ -28,9 +28,18 @@ class RoundedInputs:
     weights: Quantized
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class OutputsFirst:
+    """A kernel turned around for products with few rows."""
+
+    weights: Float[Array, "*L out in"]
+
+
 type Kernel = Float[Array, "*L in out"] | Quantized
 type Table = Float[Array, "V D"] | Quantized
 TABLES = ("embedding", "lm_head")
+FEW_ROWS = 128
 
 
 class Formats(NamedTuple):
@@ -55,7 +64,7 @@ def shape_of(kernel: Kernel) -> tuple[int, ...]:
     return kernel.shape
 
 
-def multiply(x: Float[Array, "*M in"], kernel: Kernel | RoundedInputs) -> Float[Array, "*M out"]:
+def multiply(x: Float[Array, "*M in"], kernel: Kernel | RoundedInputs | OutputsFirst) -> Float[Array, "*M out"]:
     """`x @ kernel` in the dtype of `x`. Gradients flow to `x` that is not rounded, and to a kernel that is an array."""
     if isinstance(kernel, RoundedInputs):
         codes, scales = quantize_cache(x)
@@ -64,7 +73,34 @@ def multiply(x: Float[Array, "*M in"], kernel: Kernel | RoundedInputs) -> Float[
         return (y * (scales[..., None] * jnp.broadcast_to(weights.scale, y.shape))).astype(x.dtype)
     if isinstance(kernel, Quantized):
         return quantized_matmul(x, kernel)
-    return x @ kernel.astype(x.dtype)
+    if isinstance(kernel, OutputsFirst):
+        return matmul_transposed(x, kernel.weights.astype(x.dtype))
+    return matmul(x, kernel.astype(x.dtype))
+
+
+def matmul(x: Float[Array, "*M in"], kernel: Float[Array, "in out"]) -> Float[Array, "*M out"]:
+    """`x @ kernel` as a product of two matrices: XLA's CPU compiler would turn a batch of rows around, element by
+    element, for the gradient of the kernel.
+    """
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def matmul_transposed(
+    x: Float[Array, "*M in"], weights: Float[Array, "out in"], dtype: DTypeLike | None = None
+) -> Float[Array, "*M out"]:
+    """`x @ weights.T`, accumulated in `dtype`.
+
+    On a CPU, a product of few rows is one of many with few columns: as the right operand, XLA would copy all weights
+    into another order every time. The barrier keeps it from turning the product around again.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    both_last = ((1,), (1,)), ((), ())
+    if hopper.device_kind() == "cpu" and len(rows) <= FEW_ROWS:
+        columns = jax.lax.dot_general(weights, rows, both_last, preferred_element_type=dtype)
+        y = jax.lax.optimization_barrier(columns).T
+    else:
+        y = jax.lax.dot_general(rows, weights, both_last, preferred_element_type=dtype)
+    return y.reshape(*x.shape[:-1], len(weights))
 
 
 def dense(kernel: Kernel, dtype: DTypeLike) -> Float[Array, "*L in out"]:
@@ -91,16 +127,26 @@ def logits_of(hidden: Float[Array, "*M D"], table: Table) -> Float[Array, "*M V"
     """`hidden @ table.T`, accumulated in float32. Scales of a quantised table come after the product, which so reads
     a byte a number.
     """
-    product = partial(jnp.einsum, "...d,vd->...v", preferred_element_type=jnp.float32)
+    product = partial(matmul_transposed, hidden, dtype=jnp.float32)
     if isinstance(table, Quantized):
-        logits = product(hidden, table.codes.astype(hidden.dtype))
+        logits = product(table.codes.astype(hidden.dtype))
         return logits * jnp.broadcast_to(table.scale, logits.shape)
-    return product(hidden, table.astype(hidden.dtype))
+    return product(table.astype(hidden.dtype))
 
 
 def cast(tree: Any, dtype: DTypeLike) -> Any:
     """Every array of a tree of parameters in another dtype; quantised ones stay as they are."""
     return jax.tree.map(lambda x: x if _is_quantized(x) else x.astype(dtype), tree, is_leaf=_is_quantized)
+
+
+def outputs_first(tree: Any) -> Any:
+    """A tree of parameters whose kernels, if they are arrays, are turned around."""
+
+    def change(path: tuple, x: Any) -> Any:
+        is_kernel = any(getattr(key, "key", None) == "kernel" for key in path)
+        return OutputsFirst(jnp.swapaxes(x, -1, -2)) if is_kernel and isinstance(x, jax.Array) else x
+
+    return jax.tree.map_with_path(change, tree, is_leaf=lambda x: _is_quantized(x) or isinstance(x, RoundedInputs))
 
 
 def round_inputs(tree: Any) -> Any:
