@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,8 @@ class Worker:
       module: in `benchmarks.peers`.
       settings: what the module is told.
 
-    `started` is what it said of itself, `answers` what of its iterations; of each, "others" is the share of the cores
-    that other processes took meanwhile, and "counts" says whether its time does.
+    `started` is what it said of itself after `loading` seconds, `answers` what of its iterations; of each, "others" is
+    the share of the cores that other processes took meanwhile, and "counts" says whether its time does.
     """
 
     def __init__(self, side: str, python: Path, module: str, settings: dict[str, Any], folder: Path):
@@ -59,12 +60,14 @@ class Worker:
         self.side, self.answers = side, list[dict[str, Any]]()
         self._log = (folder / f"{side}.log").open("w+")
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._log}
+        begin = time.perf_counter()
         self._process = subprocess.Popen(command, cwd=Path(__file__).parents[1], text=True, **pipes)
         try:
             self.started = self._answer()
         except RuntimeError:
             self.close()
             raise
+        self.loading = time.perf_counter() - begin
         self._stop()
 
     def __enter__(self) -> "Worker":

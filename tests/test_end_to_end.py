@@ -92,7 +92,7 @@ def recorded(side, seconds, scores, *, others=0.0, peak=100.0, **phases):
         | phases
         for i, (time, score) in enumerate(zip(times, scores, strict=True))
     ]
-    return SimpleNamespace(side=side, started={"trained": 3_000_000, "versions": "x 1"}, answers=answers)
+    return SimpleNamespace(side=side, loading=2.0, started={"trained": 3_000_000, "versions": "x 1"}, answers=answers)
 
 
 def test_table_of_recorded_answers():
@@ -106,7 +106,7 @@ def test_table_of_recorded_answers():
     assert (trl["s"], trl["tokens/s"], trl["x trl"]) == (4.0, 64 * 32 / 4, 1.0)
     assert (full["s"], full["tokens/s"], full["x trl"], full["x trl_lora"]) == (2.0, 64 * 32 / 2, 2.0, None)
     assert (trl["rollout s"], trl["update s"], full["rollout s"]) == (1.0, None, None)
-    assert (trl["start s"], trl["peak MB"], full["peak MB"], full["peak / trl's"]) == (9.0, 204.0, 105.0, 105 / 204)
+    assert (trl["start s"], trl["peak MB"], full["peak MB"], full["peak / trl's"]) == (11.0, 204.0, 105.0, 105 / 204)
     assert (trl["to reward"], trl["s to reward"], trl["cost"]) == (3, 12.0, pytest.approx(0.12))  # 0, 1, 1
     assert (full["to reward"], full["s to reward"], full["cost"]) == (5, 10.0, pytest.approx(0.1))
     assert (trl["disturbed"], full["disturbed"], trl["counted"]) == (3, 0, 3)

@@ -6,12 +6,16 @@ The critic is a head on the policy's trunk. The program cannot say what its phas
 import functools
 import importlib.metadata
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
+from jax.extend.core import ClosedJaxpr
 
 from benchmarks.peers.protocol import Channel
 from rapidfire_jax import (
@@ -27,17 +31,28 @@ from rapidfire_jax import (
     make_policy,
     ppo_iteration,
 )
+from rapidfire_jax.algorithms.train_state import TrainState
+from rapidfire_jax.config import MemoryConfig
+from rapidfire_jax.training.remat import preset
 
 
-def main() -> None:
-    """Iterations until standard input ends."""
-    channel = Channel()
-    settings, folder = channel.settings, Path(channel.settings["folder"])
+class Problem(NamedTuple):
+    """A run."""
+
+    state: TrainState  # before the first iteration
+    iteration: Callable[[TrainState, Array], tuple[TrainState, dict[str, Array]]]  # takes a key; donates the state
+    traced: Callable[[], ClosedJaxpr]  # what an iteration computes
+
+
+def problem(settings: dict[str, Any]) -> Problem:
+    """What `benchmarks.end_to_end` has written to `settings["folder"]`, as one program."""
+    folder = Path(settings["folder"])
     model = FlaxAutoModelForCausalLM.from_pretrained(str(folder / "policy"))
     reward = nnx.split(FlaxAutoModelForSequenceClassification.from_pretrained(str(folder / "reward")))
-    policy, frozen, trainable = make_policy(model, jax.random.key(0), lora=settings["lora"])
+    remat = preset(MemoryConfig(remat=settings["remat"]))
+    policy, frozen, trainable = make_policy(model, jax.random.key(0), lora=settings["lora"], remat=remat)
     del model
-    optimizer = make_optimizer("adamw")
+    optimizer = make_optimizer(settings["optimizer"])
     state = init_state(frozen, trainable, optimizer)
     del frozen, trainable
     sampling = SamplingConfig(max_new_tokens=settings["response"], eos_ids=())
@@ -46,6 +61,7 @@ def main() -> None:
         learning_rate=settings["learning_rate"], temperature=settings["temperature"], kl_coef=settings["kl_coef"]
     )
     hparams = jax.tree.map(lambda number: jnp.asarray(number, jnp.float32), hparams)
+    config = PPOConfig(epochs=settings["epochs"], recompute=settings["recompute"])
 
     def sample(frozen, trainable, prompts, mask, key, temperature):
         out = generate(policy.merge(frozen, trainable), prompts, mask, key, temperature, config=sampling)
@@ -70,10 +86,24 @@ def main() -> None:
             reference=policy.reference,
             encode=policy.encode,
             optimizer=optimizer,
-            config=PPOConfig(epochs=settings["epochs"], recompute=settings["recompute"]),
+            config=config,
         )
         return state, metrics | {"score_std": scores[0].std()}
 
+    return Problem(
+        state,
+        lambda state, key: iteration(state, reward[1], prompts, hparams, key),
+        lambda: iteration.trace(state, reward[1], prompts, hparams, jax.random.key(0)).jaxpr,
+    )
+
+
+def main() -> None:
+    """Iterations until standard input ends."""
+    channel = Channel()
+    settings = channel.settings
+    jax.config.update("jax_compilation_cache_dir", f"{settings['folder']}/programs")
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    state, iteration, _ = problem(settings)
     trained = sum(x.size for x in jax.tree.leaves(state.trainable))
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib"))
     channel.tell(versions=versions, trained=trained)
@@ -82,7 +112,7 @@ def main() -> None:
         channel.wait()
         start = time.perf_counter()
         key, now = jax.random.split(key)
-        state, metrics = jax.block_until_ready(iteration(state, reward[1], prompts, hparams, now))
+        state, metrics = jax.block_until_ready(iteration(state, now))
         channel.tell(
             seconds=time.perf_counter() - start,
             score=float(metrics["reward"]),

@@ -143,10 +143,11 @@ class OfflineTrainingConfig(TrainingConfig):
 class MemoryConfig(Section):
     """What is kept for the backward pass, and what is computed again instead."""
 
-    remat: Literal["auto", "none", "full", "dots"] | tuple[str, ...] = Field(
-        default="none",
-        description="auto: what loses least time within the budget; none: all is kept; full: inputs of layers only; "
-        "dots: results of products with weights; or names of activations",
+    remat: Literal["auto", "none", "products", "dots", "full"] | tuple[str, ...] = Field(
+        default="products",
+        description="auto: what loses least time within the budget; none: all is kept; products: all but norms, "
+        "attention scores and what an MLP makes of its products; dots: results of products with weights; full: inputs "
+        "of layers only; or names of activations",
     )
     budget_gb: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="GiB for temporaries of learning, for remat=auto; null: what the device has left"

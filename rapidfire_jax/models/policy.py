@@ -19,7 +19,7 @@ from rapidfire_jax.models.decoder import Decoder
 from rapidfire_jax.models.heads import CausalLM, RewardModel, ValueParam
 from rapidfire_jax.models.lora import add_lora
 from rapidfire_jax.models.quantization import is_quantized
-from rapidfire_jax.models.remat import Remat
+from rapidfire_jax.models.remat import PRODUCTS, Remat
 
 type Params = Any  # a pytree of arrays
 
@@ -135,7 +135,7 @@ def make_policy(
     lora: dict[str, Any] | None,
     critic: RewardModel | None = None,
     value_head: bool = True,
-    remat: Remat | None = None,
+    remat: Remat | None = PRODUCTS,
 ) -> tuple[Policy, Parts, Parts]:
     """Splits a loaded model, once, into `(policy, frozen, trainable)`. The model gains adapters and a value head.
 
@@ -146,7 +146,7 @@ def make_policy(
       critic: a model of its own, of any size but with the same vocabulary, trained like the policy; None: a value head
         on the policy's trunk.
       value_head: False leaves out the value head that stands in for a separate critic.
-      remat: what the backward passes of policy and critic compute again instead of keeping it; None: nothing.
+      remat: what the backward passes of policy and critic keep; None: everything.
     """
     if critic is None:
         parts = [Parts(part) for part in split_parameters(model, lora, key, value_head=value_head)]

@@ -67,13 +67,15 @@ class Remat:
         return found
 
 
-FULL = Remat((Group(),))
-DOTS = Remat((Group(keep="dots"),))
-
-
 def keep_names(*names: str) -> Remat:
     """The plan that keeps these activations of every layer."""
     return Remat((Group(keep=names),))
+
+
+FULL = Remat((Group(),))
+DOTS = Remat((Group(keep="dots"),))
+CHEAP = ("attention_norm", "attention_scores", "mlp_norm", "mlp_hidden")  # to compute again, for what they take
+PRODUCTS = keep_names(*(name for name in NAMES if name not in CHEAP))
 
 
 def checkpointed(step: Callable[..., Any], group: Group, layers: int) -> Callable[..., Any]:

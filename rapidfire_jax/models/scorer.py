@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rapidfire_jax.models.heads import RewardModel
 from rapidfire_jax.models.policy import Params, split_parameters
-from rapidfire_jax.models.remat import Remat
+from rapidfire_jax.models.remat import PRODUCTS, Remat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Scorer:
 
 
 def make_scorer(
-    model: RewardModel, key: Array, *, lora: dict[str, Any] | None, remat: Remat | None = None
+    model: RewardModel, key: Array, *, lora: dict[str, Any] | None, remat: Remat | None = PRODUCTS
 ) -> tuple[Scorer, Params, Params]:
     """Splits a reward model, once, into `(scorer, frozen, trainable)`. The model gains adapters.
 
@@ -39,7 +39,7 @@ def make_scorer(
       model: as loaded or made by `RewardModel.from_causal`.
       key: initialises the adapters.
       lora: arguments of `add_lora` but its key, or None to train every weight. The head is always trained.
-      remat: what the backward pass computes again instead of keeping it; None: nothing.
+      remat: what the backward pass keeps; None: everything.
     """
     graphdef, _, frozen, trainable = split_parameters(model, lora, key, value_head=True)
     return Scorer(graphdef, full=lora is None, remat=remat), None if lora is None else frozen, trainable

@@ -193,7 +193,7 @@ def _savings(config: OnlineRunConfig) -> list[str]:
     found = []
     if config.rollout.cache is None:
         found.append("rollout.cache=int8")
-    if config.memory.remat in ("none", "dots"):
+    if config.memory.remat in ("none", "products", "dots"):
         found.append("memory.remat=full")
     rows = config.rollout.batch_size // config.settings.minibatches
     if config.settings.micro_batches < rows:

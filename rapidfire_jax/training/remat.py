@@ -14,14 +14,14 @@ from rapidfire_jax.memory.devices import GIB, Device, present_device
 from rapidfire_jax.memory.layer_costs import LayerCosts, layer_costs
 from rapidfire_jax.memory.remat import Choice, choose
 from rapidfire_jax.models.policy import Parts, Policy
-from rapidfire_jax.models.remat import DOTS, FULL, Remat, keep_names
+from rapidfire_jax.models.remat import DOTS, FULL, PRODUCTS, Remat, keep_names
 from rapidfire_jax.models.scorer import Scorer
 from rapidfire_jax.programs import Need, need_of
 
 
 def preset(memory: MemoryConfig) -> Remat | None:
     """The plan that the configuration names; of `auto`, that from which `fit_plan` starts."""
-    plans = {"auto": FULL, "none": None, "full": FULL, "dots": DOTS}
+    plans = {"auto": FULL, "none": None, "products": PRODUCTS, "dots": DOTS, "full": FULL}
     return plans[memory.remat] if isinstance(memory.remat, str) else keep_names(*memory.remat)
 
 

@@ -7,12 +7,13 @@ from flax import nnx
 
 from pallas_kernels import hopper
 from rapidfire_jax.errors import InputError
-from rapidfire_jax.models.remat import DOTS, FULL, NAMES, Group, Remat, keep_names
+from rapidfire_jax.models.remat import DOTS, FULL, NAMES, PRODUCTS, Group, Remat, keep_names
 from tests.memory.conftest import KINDS, problem  # noqa: F401
 
 PLANS = {
     "full": FULL,
     "dots": DOTS,
+    "products": PRODUCTS,
     "all names": keep_names(*NAMES),
     "some names": keep_names("query", "residual", "attention_scores", "up"),
     "mixed": Remat((Group(2, keep=("key", "mlp_hidden")), Group())),

@@ -11,7 +11,7 @@ from rapidfire_jax.errors import InputError
 from rapidfire_jax.memory.devices import GIB
 from rapidfire_jax.models.export import save_pretrained
 from rapidfire_jax.models.heads import RewardModel
-from rapidfire_jax.models.remat import DOTS, FULL, keep_names
+from rapidfire_jax.models.remat import DOTS, FULL, PRODUCTS, keep_names
 from rapidfire_jax.models.tokenizer import load_tokenizer
 from rapidfire_jax.training.offline import OfflineJob
 from rapidfire_jax.training.online import OnlineJob
@@ -27,7 +27,7 @@ ALL = {"layers": None, "targets": "all-linear"}
 
 
 def test_presets():
-    plans = {"none": None, "full": FULL, "dots": DOTS, ("up", "key"): keep_names("up", "key")}
+    plans = {"none": None, "products": PRODUCTS, "full": FULL, "dots": DOTS, ("up", "key"): keep_names("up", "key")}
     for name, plan in plans.items():
         assert preset(MemoryConfig(remat=name)) == plan
 
