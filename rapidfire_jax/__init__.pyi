@@ -17,6 +17,7 @@ from .algorithms.loss_scale import LossScale, init_loss_scale
 from .algorithms.offline import CompletionBatch, LabelledBatch, PreferenceBatch
 from .algorithms.online import PolicyBatch, Rollouts
 from .algorithms.optimizer import make_optimizer, separate_optimizers
+from .algorithms.packing import Packing
 from .algorithms.ppo import (
     PPOBatch,
     PPOConfig,
@@ -58,6 +59,7 @@ from .algorithms.rloo import (
 from .algorithms.sft import SFTConfig, SFTHParams, sft_loss, sft_step
 from .algorithms.surrogate import policy_loss, value_loss
 from .algorithms.train_state import TrainState, init_state
+from .data.packing import pack_rollouts
 from .models.auto import FlaxAutoModelForCausalLM, FlaxAutoModelForSequenceClassification
 from .models.export import save_pretrained
 from .models.heads import CausalLM, RewardModel
@@ -82,6 +84,7 @@ __all__ = [
     "PPOBatch",
     "PPOConfig",
     "PPOHParams",
+    "Packing",
     "Policy",
     "PolicyBatch",
     "PreferenceBatch",
@@ -121,6 +124,7 @@ __all__ = [
     "make_optimizer",
     "make_policy",
     "make_scorer",
+    "pack_rollouts",
     "policy_loss",
     "ppo_iteration",
     "ppo_learn",

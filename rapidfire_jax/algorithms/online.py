@@ -40,6 +40,7 @@ from rapidfire_jax.algorithms.masking import (
     masked_mean,
     masked_sum,
 )
+from rapidfire_jax.algorithms.packing import Packing
 from rapidfire_jax.algorithms.reward_shaping import Normalization, RunningStats
 from rapidfire_jax.algorithms.surrogate import Number, RatioLevel, log_ratios, outside_clip, policy_loss, value_loss
 from rapidfire_jax.algorithms.train_state import TrainState, gradient_step
@@ -61,6 +62,7 @@ class OnlineConfig:
     kl_estimator: KLEstimator = "k1"
     reward_normalization: Normalization = "none"
     aggregation: Aggregation = "token"
+    packing: bool = False  # several rollouts a row in scoring and learning; needs `Rollouts.packing`
     recompute: bool = dataclasses.field(default=False, metadata=ELSEWHERE)  # old log-probabilities from a pass of ours
 
     temperature_shift: ClassVar[float] = 0.0
@@ -107,6 +109,7 @@ class Rollouts:
     token_reward_t: Float[Array, "B T"] | None = None  # rewards of single tokens, besides the score
     next_v: Float[Array, " B"] | None = None  # value of the state after the last token
     importance_t: Float[Array, "B T"] | None = None  # capped ratio of the trained policy to the sampler
+    packing: Packing | None = None  # of `pack_rollouts`
 
 
 @jax.tree_util.register_dataclass
@@ -334,17 +337,45 @@ def update(
       `policy/rollout_mismatch` the mean absolute difference in nats between the sampler's log-probabilities and those
       of training, there.
     """
-    inputs = encode(state.frozen, rollouts.tokens, rollouts.attention_mask)
+    inputs, _ = _encoded(state, rollouts, encode, config)
     learner = {"apply": apply, "optimizer": optimizer, "config": config}
     return _update(algorithm, state, rollouts, inputs, hparams, key, **learner)
 
 
+def _encoded(state, rollouts, encode, config):
+    """Inputs of the forward passes, and the length of what they say of each row."""
+    packing = rollouts.packing
+    if config.packing != (packing is not None):
+        raise ValueError(f"packing={config.packing} with rollouts.packing={packing}")
+    if packing is None:
+        return encode(state.frozen, rollouts.tokens, rollouts.attention_mask), rollouts.mask_t.shape[1]
+    if problem := packing_objection(config):
+        raise ValueError(problem)
+    return encode(state.frozen, packing.tokens(rollouts.tokens), packing.segments), packing.segments.shape[1] - 1
+
+
+def packing_objection(config: Any) -> str | None:
+    """What in the settings of an algorithm has to see whole rollouts, which rows of several do not show, or nothing."""
+    for name in ("aggregation", "ratio_level"):
+        if config.packing and (found := getattr(config, name, "token")) != "token":
+            return f"packing=true needs {name}=token; found {found}"
+    return None
+
+
+def _packed(batch, packing):
+    """A batch of rows instead of rollouts; its inputs are already."""
+    fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch) if field.name != "inputs"}
+    return dataclasses.replace(batch, **jax.tree.map(packing.spread, fields))
+
+
 def _update(algorithm, state, rollouts, inputs, hparams, key, *, apply, optimizer, config):
-    rows = rollouts.tokens.shape[0]
+    rows = rollouts.tokens.shape[0] if rollouts.packing is None else rollouts.packing.source.shape[0]
     if rows % config.minibatches:
         raise ValueError(f"{rows} rollouts cannot be cut into {config.minibatches} equal minibatches")
     hparams = dataclasses.replace(hparams, kl_coef=hparams.kl_coef * state.stats.kl_scale)
     batch, objective, stats = algorithm.targets(rollouts, inputs, state.stats, hparams, config)
+    if rollouts.packing is not None:
+        batch = _packed(batch, rollouts.packing)
     orders = jax.vmap(lambda k: jax.random.permutation(k, rows))(jax.random.split(key, config.epochs))
 
     def one(state, order):
@@ -368,7 +399,11 @@ def _update(algorithm, state, rollouts, inputs, hparams, key, *, apply, optimize
     }
     if hparams.kl_target is not None and "kl" in objective:
         scale = adapt_kl_coef(
-            stats.kl_scale, objective["kl"], target=hparams.kl_target, horizon=hparams.kl_horizon, responses=rows
+            stats.kl_scale,
+            objective["kl"],
+            target=hparams.kl_target,
+            horizon=hparams.kl_horizon,
+            responses=len(rollouts.tokens),
         )
         if state.loss_scale is not None:  # an overflow of one iteration must not stay for good
             scale = jnp.where(jnp.isfinite(scale), scale, stats.kl_scale)
@@ -421,22 +456,28 @@ def learn(
     most that cap (truncated importance sampling: Yao et al., Your Efficient RL Framework Secretly Brings You Off-Policy
     RL Training, 2025).
     """
-    inputs = encode(state.frozen, rollouts.tokens, rollouts.attention_mask)
-    rest = (inputs, rollouts.mask_t.shape[1], hparams.temperature + config.temperature_shift)
-    rollouts = dataclasses.replace(rollouts, ref_logp_t=reference(state.frozen, *rest))
+    inputs, length = _encoded(state, rollouts, encode, config)
+    packing, mask_t = rollouts.packing, rollouts.mask_t
+    rest = (inputs, length, hparams.temperature + config.temperature_shift)
+    of_rollouts = lambda x: x if packing is None else packing.gather(x, mask_t)  # noqa: E731
+    rollouts = dataclasses.replace(rollouts, ref_logp_t=of_rollouts(reference(state.frozen, *rest)))
     mismatch = {}
     if hparams.importance_cap is not None and not config.recompute:
         raise ValueError("importance_cap corrects for the sampler, which needs recompute=True to be measured")
     if config.recompute:
         out = apply(state.frozen, state.trainable, *rest)
-        difference = jnp.where(rollouts.mask_t, out.logp_t - rollouts.old_logp_t, 0.0)
-        mismatch["policy/rollout_mismatch"] = masked_mean(jnp.abs(difference), rollouts.mask_t)
-        rollouts = dataclasses.replace(rollouts, old_logp_t=out.logp_t)
+        logp_t = of_rollouts(out.logp_t)
+        difference = jnp.where(mask_t, logp_t - rollouts.old_logp_t, 0.0)
+        mismatch["policy/rollout_mismatch"] = masked_mean(jnp.abs(difference), mask_t)
+        rollouts = dataclasses.replace(rollouts, old_logp_t=logp_t)
         if algorithm.has_critic:
-            rollouts = dataclasses.replace(rollouts, old_v_t=out.v_t, next_v=getattr(out, "next_v", None))
+            next_v = getattr(out, "next_v", None)
+            if packing is not None and next_v is not None:
+                next_v = packing.gather_next(out.v_t, next_v, mask_t)
+            rollouts = dataclasses.replace(rollouts, old_v_t=of_rollouts(out.v_t), next_v=next_v)
         if hparams.importance_cap is not None:
             importance_t = jnp.minimum(jnp.exp(difference), hparams.importance_cap)
-            mismatch["policy/importance"] = masked_mean(importance_t, rollouts.mask_t)
+            mismatch["policy/importance"] = masked_mean(importance_t, mask_t)
             rollouts = dataclasses.replace(rollouts, importance_t=importance_t)
     learner = {"apply": apply, "optimizer": optimizer, "config": config}
     state, metrics = _update(algorithm, state, rollouts, inputs, hparams, key, **learner)

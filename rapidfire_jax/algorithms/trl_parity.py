@@ -57,6 +57,7 @@ WITHOUT = {
     "kl_in": "reward", "reward_normalization": "none", "aggregation": "token", "kl_target": None,
     "clip_range_high": None, "dual_clip": None, "entropy_coef": 0.0, "reward_clip": None, "overlong_penalty": 0.0,
     "target_kl": None, "importance_cap": None, "bootstrap_truncated": False, "whiten_advantages": True,
+    "packing": False,
 }  # fmt: skip
 
 

@@ -8,11 +8,17 @@ from dataclasses import dataclass
 from itertools import batched
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Bool
 
+from rapidfire_jax.algorithms.packing import Packing
 from rapidfire_jax.data.batches import Streamed
 from rapidfire_jax.data.examples import Completion
 from rapidfire_jax.errors import InputError
+
+SIZES = 4  # numbers of rows, and so programs, that a batch of rollouts is rounded up to one of
 
 
 class PackedBatch(NamedTuple):
@@ -63,6 +69,34 @@ def pack(lengths: Sequence[int], width: int) -> list[list[int]]:
         if room:
             with_room[room].append(row)
     return rows
+
+
+def pack_rollouts(attention_mask: Bool[ArrayLike, "B S"], parts: int = 1) -> Packing:
+    """Packs rollouts by their lengths, on the host.
+
+    Args:
+      attention_mask: True on the real tokens of prompt and response, which stand together.
+      parts: R is a multiple of it, and one of at most `SIZES` numbers up to B, so that few programs are compiled; it
+        must divide B.
+    """
+    mask = np.asarray(attention_mask)
+    B, S = mask.shape
+    starts, lengths = mask.argmax(axis=1), mask.sum(axis=1)
+    rows = pack(lengths.tolist(), S)
+    source, segments = np.full((B, S), B * S, np.int32), np.zeros((B, S), np.int32)
+    for row, members in enumerate(rows):
+        end = 0
+        for number, member in enumerate(members, start=1):
+            begin, end = end, end + lengths[member]
+            source[row, begin:end] = member * S + starts[member] + np.arange(lengths[member])
+            segments[row, begin:end] = number
+    size = next(size for size in _sizes(B, parts) if size >= len(rows))
+    return Packing(jnp.asarray(source[:size]), jnp.asarray(segments[:size]))
+
+
+def _sizes(rows: int, parts: int) -> Sequence[int]:
+    """Numbers of rows, rising."""
+    return [-(-rows * i // (SIZES * parts)) * parts for i in range(1, SIZES + 1)]
 
 
 def packed_batch(rows: Sequence[Sequence[Completion]], width: int) -> PackedBatch:

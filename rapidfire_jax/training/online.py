@@ -18,6 +18,7 @@ from rapidfire_jax.algorithms import tasks
 from rapidfire_jax.algorithms.advantages import informative_groups
 from rapidfire_jax.algorithms.online import OnlineAlgorithm, Rollouts
 from rapidfire_jax.config import OnlineRunConfig
+from rapidfire_jax.data.packing import pack_rollouts
 from rapidfire_jax.data.prompts import PromptSet, load_prompts, pad_batch, prompt_buckets
 from rapidfire_jax.models.policy import Policy
 from rapidfire_jax.models.tokenizer import stop_ids
@@ -108,7 +109,11 @@ class OnlineJob:
         sample_key, learn_key = jax.random.split(jax.random.fold_in(self.train_key, iteration))
         batch = self._sample_until_informative(sample_key, hparams.temperature)
         began = time.perf_counter()
-        self.state, metrics = self.programs.learn(self.state, batch.rollouts, hparams, learn_key)
+        rollouts = batch.rollouts
+        if self.static.packing:
+            parts = self.static.minibatches * self.static.micro_batches
+            rollouts = dataclasses.replace(rollouts, packing=pack_rollouts(rollouts.attention_mask, parts))
+        self.state, metrics = self.programs.learn(self.state, rollouts, hparams, learn_key)
         numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
         batch.seconds["learn"] = time.perf_counter() - began
         self.taken += batch.rounds  # not before: an iteration that fails is done again from its first prompt

@@ -98,6 +98,12 @@ def test_ppo_with_a_judge_running_statistics_and_an_optimizer_of_the_critic(onli
         assert jax.tree.leaves(moved) == [c == (frozen == "policy") for c in jax.tree.leaves(is_critic)]
 
 
+def test_packed_rollouts_teach_the_same(online, finish):
+    apart, together = (finish(online("ppo", rl={"packing": packing})) for packing in (False, True))
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)  # noqa: E731
+    jax.tree.map(close, together.job.state.trainable, apart.job.state.trainable)
+
+
 def test_ppo_compatible_with_trl(online, finish):
     done = finish(
         online("ppo", rl={"compat": "trl", "whiten_groups": 2, "micro_batches": 2}, optimizer={"max_grad_norm": None})
@@ -185,6 +191,7 @@ def test_reinforce_pp(online, finish):
         ("grpo", {"rl": {"group_size": 1}}, ["rl.group_size", "greater than or equal to 2"]),
         ("grpo", {"rl": {"scale": "max"}}, ["rl.scale", "'std'", "'max'"]),
         ("grpo", {"rl": {"micro_batches": 3}}, ["rl.micro_batches=3"]),
+        ("grpo", {"rl": {"packing": True}}, ["rl.packing=true", "aggregation=token", "sequence"]),
         ("grpo", {"critic": {"name": "some/model"}}, ["critic: grpo has none"]),
         ("rloo", {"critic": {"optimizer": {"learning_rate": 0.1}}}, ["critic: rloo has none"]),
         ("ppo", {"rl": {"compat": "trl"}}, ["rl.compat=trl", "optimizer.max_grad_norm=null"]),
