@@ -24,7 +24,6 @@ exceeds the mean of all sides' first scores by half their standard deviation, or
 hour. TRL runs in an environment that is made once, in `${XDG_CACHE_HOME:-~/.cache}/rapidfire-jax/peers/`.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -39,7 +38,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from benchmarks.results import append, show
+from benchmarks.results import append, command_line, show
 from benchmarks.workers import DISTURBED, THREADS, Worker, peer_python, take_turns
 from rapidfire_jax.models.config import DecoderConfig
 from rapidfire_jax.models.export import save_pretrained
@@ -237,9 +236,7 @@ def _ratio(a: float | None, b: float | None) -> float | None:
 
 def main() -> None:
     """Both tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="tiny 64/32/32 alone, one pair, 6 iterations")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser = command_line(__doc__, quick="tiny 64/32/32 alone, one pair, 6 iterations")
     parser.add_argument("--shape", choices=tuple(SHAPES), help="one model instead of both")
     parser.add_argument("--sides", default=",".join(DEFAULT), help=f"any of {', '.join(SIDES)}")
     parser.add_argument("--pairs", type=int, default=3, help="measured iterations of each side")

@@ -13,9 +13,7 @@ a loop once, so that models of one and two layers are compiled, whose layers sta
 costs their difference. A kernel counts with its operands and results. "temporaries" are the compiler's, of two layers.
 """
 
-import argparse
 import dataclasses
-import json
 from functools import partial
 from typing import Any
 
@@ -24,7 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax._src.lib import xla_client
 
-from benchmarks.results import append, show
+from benchmarks.results import append, command_line, tell
 from pallas_kernels import hopper, linear_logprob
 from rapidfire_jax import PPOBatch, PPOConfig, PPOHParams, init_state, make_optimizer, make_policy, ppo_step
 from rapidfire_jax.models.config import DecoderConfig
@@ -117,16 +115,10 @@ def rows_of(name: str) -> list[dict[str, Any]]:
 
 def main() -> None:
     """The table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the 1B shape alone")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    args = parser.parse_args()
+    args = command_line(__doc__, quick="the 1B shape alone").parse_args()
     rows = [row for name in (("1B",) if args.quick else MODELS) for row in rows_of(name)]
     append("memory", rows)
-    if args.json:
-        print(json.dumps(rows))
-    else:
-        show(rows)
+    tell(rows, as_json=args.json)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """Rows of figures: printed as a table, and kept in a CSV file with machine, versions and commit."""
 
+import argparse
 import csv
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -15,6 +17,22 @@ import rich.table
 
 FOLDER = Path(__file__).parent / "results"
 PACKAGES = ("jax", "flax", "numpy")
+
+
+def command_line(description: str | None, quick: str) -> argparse.ArgumentParser:
+    """A benchmark's options: `--quick`, which does what `quick` says, and `--json`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    return parser
+
+
+def tell(rows: list[dict[str, Any]], *, as_json: bool) -> None:
+    """Prints `rows` as the command line wants them."""
+    if as_json:
+        print(json.dumps(rows))
+    else:
+        show(rows)
 
 
 def report(name: str, rows: list[dict[str, Any]]) -> None:

@@ -10,10 +10,8 @@ filled again. All are processes of their own that go in turns, see `benchmarks.w
 the first.
 """
 
-import argparse
 import contextlib
 import dataclasses
-import json
 import os
 import statistics
 import sys
@@ -25,7 +23,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.quantization import MODEL
-from benchmarks.results import append, show
+from benchmarks.results import append, command_line, tell
 from benchmarks.workers import DISTURBED, THREADS, Worker, peer_python, take_turns
 from rapidfire_jax import FlaxAutoModelForCausalLM
 from rapidfire_jax.models.config import DecoderConfig
@@ -105,20 +103,14 @@ def measure(case: Case, turns: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     """The table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the first case, one turn")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    args = parser.parse_args()
+    args = command_line(__doc__, quick="the first case, one turn").parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])  # the workers inherit it
     rows = []
     for case in CASES[:1] if args.quick else CASES:
         found = measure(case, 1 if args.quick else 3)
         append("rollout", found)
         rows += found
-    if args.json:
-        print(json.dumps(rows))
-    else:
-        show(rows)
+    tell(rows, as_json=args.json)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ the whole cache. "time / work" compares with the first row of its kind: above 1,
 are medians of several iterations after the first.
 """
 
-import argparse
 import dataclasses
 import json
 import statistics
@@ -24,7 +23,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.end_to_end import COMMON, OURS, SHAPES, Shape, write_models
 from benchmarks.peers.rapidfire_ppo import problem
-from benchmarks.results import FOLDER, append, show
+from benchmarks.results import FOLDER, append, command_line, tell
 from pallas_kernels import dispatch
 from rapidfire_jax.planning.costs import flops
 
@@ -85,19 +84,13 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     """Table and plot."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a third of the sizes, one iteration, and no plot")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    args = parser.parse_args()
+    args = command_line(__doc__, quick="a third of the sizes, one iteration, and no plot").parse_args()
     step, turns = (3, 1) if args.quick else (1, 3)
     rows = series("batch", BATCHES[::step], turns) + series("response", RESPONSES[::step], turns)
     append("sweep", rows)
     if not args.quick:
         draw(rows, FOLDER / "sweep.png")
-    if args.json:
-        print(json.dumps(rows))
-    else:
-        show(rows)
+    tell(rows, as_json=args.json)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,6 @@ two orders.
 Rates and steps are measured in turns; figures are medians.
 """
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -28,7 +26,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from benchmarks.end_to_end import LORA, SHAPES, Shape
-from benchmarks.results import append, show
+from benchmarks.results import append, command_line, tell
 from rapidfire_jax import (
     PPOBatch,
     PPOConfig,
@@ -42,7 +40,7 @@ from rapidfire_jax import (
 )
 from rapidfire_jax.models.config import DecoderConfig
 from rapidfire_jax.models.heads import CausalLM
-from rapidfire_jax.models.quantization import matmul_transposed
+from rapidfire_jax.models.products import matmul_transposed
 
 SQUARE, COPIED, WIDE = 2048, 2**26, 16 * 2**20  # side, floats, weights
 
@@ -154,20 +152,14 @@ def _row(shape: Shape, what: str, step: float, rate: float, limit: float, fracti
 
 def main() -> None:
     """The table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the first tiny shape alone, 3 turns")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    args = parser.parse_args()
+    args = command_line(__doc__, quick="the first tiny shape alone, 3 turns").parse_args()
     shapes = SHAPES["tiny"][:1] if args.quick else [shape for shapes in SHAPES.values() for shape in shapes]
     turns = 3 if args.quick else 5
     rows = []
     for shape in shapes:
         rows += [update(shape, None, turns), update(shape, LORA, turns), decoding(shape, turns)]
     append("train_step", rows)
-    if args.json:
-        print(json.dumps(rows))
-    else:
-        show(rows)
+    tell(rows, as_json=args.json)
 
 
 if __name__ == "__main__":

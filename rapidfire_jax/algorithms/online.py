@@ -40,7 +40,7 @@ from rapidfire_jax.algorithms.masking import (
     masked_mean,
     masked_sum,
 )
-from rapidfire_jax.algorithms.packing import Packing
+from rapidfire_jax.algorithms.packing import Packing, objection
 from rapidfire_jax.algorithms.reward_shaping import Normalization, RunningStats
 from rapidfire_jax.algorithms.surrogate import Number, RatioLevel, log_ratios, outside_clip, policy_loss, value_loss
 from rapidfire_jax.algorithms.train_state import TrainState, gradient_step
@@ -349,23 +349,9 @@ def _encoded(state, rollouts, encode, config):
         raise ValueError(f"packing={config.packing} with rollouts.packing={packing}")
     if packing is None:
         return encode(state.frozen, rollouts.tokens, rollouts.attention_mask), rollouts.mask_t.shape[1]
-    if problem := packing_objection(config):
+    if problem := objection(config):
         raise ValueError(problem)
     return encode(state.frozen, packing.tokens(rollouts.tokens), packing.segments), packing.segments.shape[1] - 1
-
-
-def packing_objection(config: Any) -> str | None:
-    """What in the settings of an algorithm has to see whole rollouts, which rows of several do not show, or nothing."""
-    for name in ("aggregation", "ratio_level"):
-        if config.packing and (found := getattr(config, name, "token")) != "token":
-            return f"packing=true needs {name}=token; found {found}"
-    return None
-
-
-def _packed(batch, packing):
-    """A batch of rows instead of rollouts; its inputs are already."""
-    fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch) if field.name != "inputs"}
-    return dataclasses.replace(batch, **jax.tree.map(packing.spread, fields))
 
 
 def _update(algorithm, state, rollouts, inputs, hparams, key, *, apply, optimizer, config):
@@ -375,7 +361,7 @@ def _update(algorithm, state, rollouts, inputs, hparams, key, *, apply, optimize
     hparams = dataclasses.replace(hparams, kl_coef=hparams.kl_coef * state.stats.kl_scale)
     batch, objective, stats = algorithm.targets(rollouts, inputs, state.stats, hparams, config)
     if rollouts.packing is not None:
-        batch = _packed(batch, rollouts.packing)
+        batch = rollouts.packing.batch(batch)
     orders = jax.vmap(lambda k: jax.random.permutation(k, rows))(jax.random.split(key, config.epochs))
 
     def one(state, order):

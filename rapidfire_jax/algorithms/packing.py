@@ -5,6 +5,7 @@ stands at s - 1 of an array [R, S - 1]; a rollout's own arrays [B, T] are spread
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,11 @@ class Packing:
         whole = jnp.pad(of_tokens, ((0, 0), (S - of_tokens.shape[1], 0)))
         return _take(whole, self.source)[:, 1:]
 
+    def batch(self, batch: Any) -> Any:
+        """A minibatch of rows from one of rollouts, whose `inputs` are in rows already."""
+        names = [field.name for field in dataclasses.fields(batch) if field.name != "inputs"]
+        return dataclasses.replace(batch, **jax.tree.map(self.spread, {name: getattr(batch, name) for name in names}))
+
     def gather(self, of_rows: Float[Array, "R S-1"], mask_t: Bool[Array, "B T"]) -> Float[Array, "B T"]:
         """The inverse of `spread`: 0 where `mask_t` is False."""
         return self._at(jnp.pad(of_rows, ((0, 0), (1, 0))), mask_t)
@@ -47,6 +53,14 @@ class Packing:
         places = jnp.arange(self.source.size, dtype=jnp.int32)
         place = jnp.full(B * S, self.source.size, jnp.int32).at[self.source.reshape(-1)].set(places, mode="drop")
         return jnp.where(mask_t, _take(of_rows, place.reshape(B, S)[:, S - T :]), 0)
+
+
+def objection(config: Any) -> str | None:
+    """What in the settings of an algorithm has to see whole rollouts, which rows of several do not show, or nothing."""
+    for name in ("aggregation", "ratio_level"):
+        if config.packing and (found := getattr(config, name, "token")) != "token":
+            return f"packing=true needs {name}=token; found {found}"
+    return None
 
 
 def _take(of_tokens: Array, numbers: Int[Array, "M S"]) -> Array:

@@ -253,9 +253,9 @@ class OnlineRunConfig(RunConfig):
                         "rollout.log_probs=reuse takes log-probabilities and values from the decode, which has none "
                         f"for {what}; use recompute"
                     )
-        from rapidfire_jax.algorithms.online import packing_objection
+        from rapidfire_jax.algorithms import packing
 
-        if (problem := packing_objection(settings)) is not None:
+        if (problem := packing.objection(settings)) is not None:
             raise ValueError(f"rl.{problem}")
         if (problem := algorithm.objection(self)) is not None:
             raise ValueError(problem)

@@ -20,7 +20,8 @@ from pallas_kernels import Quantized, quantize_cache, rms_norm
 from pallas_kernels.decode_attention.api import decode_attention
 from pallas_kernels.flash_attention.api import flash_attention
 from rapidfire_jax.models.config import DecoderConfig
-from rapidfire_jax.models.quantization import dense, matmul, multiply, shape_of
+from rapidfire_jax.models.products import matmul
+from rapidfire_jax.models.quantization import dense, multiply, shape_of
 from rapidfire_jax.models.rope import rotate
 
 _tanh_gelu = partial(jax.nn.gelu, approximate=True)

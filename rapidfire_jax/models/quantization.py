@@ -15,9 +15,10 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import Quantized, dequantize, hopper, quantize, quantize_cache, quantized_matmul
+from pallas_kernels import Quantized, dequantize, quantize, quantize_cache, quantized_matmul
 from pallas_kernels.quantized_matmul.formats import FORMATS, GROUP
 from rapidfire_jax.errors import InputError
+from rapidfire_jax.models.products import matmul, matmul_transposed
 
 
 @jax.tree_util.register_dataclass
@@ -31,7 +32,7 @@ class RoundedInputs:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class OutputsFirst:
-    """A kernel turned around for products with few rows."""
+    """A kernel turned around for `matmul_transposed`: what decoding on a CPU reads."""
 
     weights: Float[Array, "*L out in"]
 
@@ -39,7 +40,6 @@ class OutputsFirst:
 type Kernel = Float[Array, "*L in out"] | Quantized
 type Table = Float[Array, "V D"] | Quantized
 TABLES = ("embedding", "lm_head")
-FEW_ROWS = 128
 
 
 class Formats(NamedTuple):
@@ -76,31 +76,6 @@ def multiply(x: Float[Array, "*M in"], kernel: Kernel | RoundedInputs | OutputsF
     if isinstance(kernel, OutputsFirst):
         return matmul_transposed(x, kernel.weights.astype(x.dtype))
     return matmul(x, kernel.astype(x.dtype))
-
-
-def matmul(x: Float[Array, "*M in"], kernel: Float[Array, "in out"]) -> Float[Array, "*M out"]:
-    """`x @ kernel` as a product of two matrices: XLA's CPU compiler would turn a batch of rows around, element by
-    element, for the gradient of the kernel.
-    """
-    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
-
-
-def matmul_transposed(
-    x: Float[Array, "*M in"], weights: Float[Array, "out in"], dtype: DTypeLike | None = None
-) -> Float[Array, "*M out"]:
-    """`x @ weights.T`, accumulated in `dtype`.
-
-    On a CPU, a product of few rows is one of many with few columns: as the right operand, XLA would copy all weights
-    into another order every time. The barrier keeps it from turning the product around again.
-    """
-    rows = x.reshape(-1, x.shape[-1])
-    both_last = ((1,), (1,)), ((), ())
-    if hopper.device_kind() == "cpu" and len(rows) <= FEW_ROWS:
-        columns = jax.lax.dot_general(weights, rows, both_last, preferred_element_type=dtype)
-        y = jax.lax.optimization_barrier(columns).T
-    else:
-        y = jax.lax.dot_general(rows, weights, both_last, preferred_element_type=dtype)
-    return y.reshape(*x.shape[:-1], len(weights))
 
 
 def dense(kernel: Kernel, dtype: DTypeLike) -> Float[Array, "*L in out"]:
