@@ -4,6 +4,7 @@ An iteration while other processes took more than 5% of the cores is repeated, 3
 is made once, in `${XDG_CACHE_HOME:-~/.cache}/rapidfire-jax/peers/`.
 """
 
+import importlib.util
 import json
 import os
 import signal
@@ -21,7 +22,9 @@ THREADS, REPEATS, DISTURBED = 2, 3, 0.05
 
 
 def peer_python() -> Path:
-    """The interpreter of TRL's environment, which is made if it is not there."""
+    """The interpreter of TRL's environment, which is made if it is not there; on a machine with TRL and a GPU, this."""
+    if importlib.util.find_spec("trl") and Path("/dev/nvidia0").exists():
+        return Path(sys.executable)
     folder = cache_folder() / "peers" / f"trl-{PEER['trl']}"
     python, uv = folder / "bin/python", os.environ.get("UV", "uv")
     if not _is_complete(python):

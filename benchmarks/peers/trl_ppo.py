@@ -34,8 +34,11 @@ class Gate(transformers.TrainerCallback):
         self.scores = torch.zeros(0)
 
     def mark(self, name: str) -> None:
-        """Reads the clock, the first time in a step."""
-        self.times.setdefault(name, time.perf_counter())
+        """Reads the clock when the device has done what it was asked for, the first time in a step."""
+        if name not in self.times:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.times[name] = time.perf_counter()
 
     def begin(self) -> None:
         """Waits."""
@@ -66,6 +69,7 @@ class Gate(transformers.TrainerCallback):
                 "kl": self.logs["objective/kl"],
                 "approx_kl": self.logs["policy/approxkl_avg"],
                 "entropy": self.logs["policy/entropy_avg"],
+                "device peak MB": torch.cuda.max_memory_allocated() / 1e6 if torch.cuda.is_available() else None,
             }
         )
         self.begin()
@@ -110,9 +114,15 @@ def main() -> None:
     channel = Channel()
     settings, folder = channel.settings, Path(channel.settings["folder"])
     torch.set_num_threads(settings["threads"])
+    on_gpu = settings.get("device") == "cuda"
+    weights = {"dtype": settings.get("dtype", "float32"), "device_map": "cuda" if on_gpu else None}
     classifier = transformers.AutoModelForSequenceClassification.from_pretrained
-    policy = transformers.AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=torch.float32)
-    value, reward = (classifier(folder / "reward", dtype=torch.float32) for _ in range(2))
+    policy = transformers.AutoModelForCausalLM.from_pretrained(folder / "policy", **weights)
+    value, reward = (classifier(folder / "reward", num_labels=1, **weights) for _ in range(2))
+    if settings.get("checkpointing"):
+        policy.gradient_checkpointing_enable()
+        value.gradient_checkpointing_enable()
+        value.enable_input_require_grads()
     lora = settings["lora"]
     if lora is not None:
         of_peft = {"r": lora["rank"], "lora_alpha": lora["alpha"], "target_modules": lora["targets"]}
@@ -121,6 +131,8 @@ def main() -> None:
             value.score.requires_grad_(True)
         lora = peft.LoraConfig(**of_peft, task_type="CAUSAL_LM")
     prompts = np.load(folder / "prompts.npy").tolist()
+    rows = settings["rows"]
+    micro_rows = settings.get("micro_rows", rows)
     gate = Gate(channel)
     trainer = PPOTrainer(
         args=PPOConfig(
@@ -130,14 +142,16 @@ def main() -> None:
             temperature=settings["temperature"],
             kl_coef=settings["kl_coef"],
             num_ppo_epochs=settings["epochs"],
-            per_device_train_batch_size=len(prompts),
+            per_device_train_batch_size=micro_rows,
+            gradient_accumulation_steps=rows // micro_rows,
+            local_rollout_forward_batch_size=settings.get("rollout_rows", 64),
             response_length=settings["response"],
-            total_episodes=len(prompts) * 1_000_000,
+            total_episodes=rows * 1_000_000,
             num_sample_generations=0,
             seed=settings["seed"],
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
+            use_cpu=not on_gpu,
+            bf16=on_gpu,
+            gradient_checkpointing=False,  # where it is wanted, the models have it already
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
@@ -154,7 +168,8 @@ def main() -> None:
     watch(gate, trainer)
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
-    channel.tell(versions=versions, trained=trained)
+    device = torch.cuda.get_device_name() if on_gpu else "CPU"
+    channel.tell(versions=versions, trained=trained, device=device)
     trainer.train()
 
 
