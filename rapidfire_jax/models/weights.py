@@ -9,6 +9,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -23,6 +24,8 @@ from rapidfire_jax.models.config import DecoderConfig
 from rapidfire_jax.models.decoder import AS_STORED, Decoder, Precision
 from rapidfire_jax.models.families import Family
 from rapidfire_jax.models.quantization import AS_THEY_ARE, Formats, Kernel, QuantizedBuffer, check_formats, take_outputs
+
+TILE = 128  # rows and columns
 
 type Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
@@ -258,7 +261,28 @@ class Buffer:
 
     def fill(self, layer: int | None, part: Any) -> None:
         """Takes the array of a layer, or the whole of a parameter that is not stacked."""
-        self.value[... if layer is None else layer] = part
+        _copy(self.value[... if layer is None else layer], part)
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(thread_name_prefix="weights")
+
+
+def _copy(into: np.ndarray, values: np.ndarray) -> None:
+    """Fills an array. A matrix that lies transposed is copied by tiles that fit into a core's cache, in threads."""
+    if values.ndim != 2 or values.flags.c_contiguous or values.dtype != into.dtype:
+        into[...] = values
+        return
+    if values.dtype == "bfloat16":  # whose copy would hold the interpreter's lock
+        into, values = into.view(np.uint16), values.view(np.uint16)
+
+    def copy_rows(rows: slice) -> None:
+        for start in range(0, values.shape[1], TILE):
+            columns = slice(start, start + TILE)
+            into[rows, columns] = values[rows, columns]
+
+    list(_threads().map(copy_rows, (slice(start, start + TILE) for start in range(0, len(values), TILE))))
 
 
 def _is_finite(value: np.ndarray | Quantized) -> bool:
