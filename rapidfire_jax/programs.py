@@ -49,12 +49,19 @@ class Program:
       name: unique among the programs of a run.
       function: pure.
       donate: places of donated arguments.
+      options: of the compiler.
     """
 
-    def __init__(self, name: str, function: Callable[..., Any], donate: tuple[int, ...] = ()):
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        donate: tuple[int, ...] = (),
+        options: dict[str, Any] | None = None,
+    ):
         self.name, self.function, self.donate = name, function, donate
         self.needs: list[Need] = []
-        self._jitted: Any = jax.jit(function, donate_argnums=donate)
+        self._jitted: Any = jax.jit(function, donate_argnums=donate, compiler_options=options)
         self.trace, self.lower = self._jitted.trace, self._jitted.lower  # for devices that are not there, too
 
     def __call__(self, *args: Any) -> Any:

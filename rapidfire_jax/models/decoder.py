@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels import hopper
 from rapidfire_jax.errors import InputError
 from rapidfire_jax.models.config import DecoderConfig
-from rapidfire_jax.models.layers import Block, LayerCache, Slots, View, make_norm
+from rapidfire_jax.models.layers import Block, LayerCache, Linear, Slots, View, make_norm
 from rapidfire_jax.models.quantization import is_quantized, outputs_first, rows_of
 from rapidfire_jax.models.remat import Group, Remat, checkpointed
 from rapidfire_jax.models.rope import rotations
@@ -187,13 +187,16 @@ class Decoder(nnx.Module):
         return self.norm(x), KVCache(tuple(layers), starts, ends)
 
     def layers(self) -> list[Layer]:
-        """The blocks one by one, for `decode`.
+        """The blocks one by one, for `decode`, with adapters that no step needs to convert or scale again.
 
         On a Hopper GPU they share their stack: what is cut out of it beside the kernel that reads it is never copied.
         Elsewhere it would be in every step, and so is cut out here, on a CPU in the order that suits few rows.
         """
         layers, shared = [], not hopper.why_not_hopper()
-        for stack in self.stacks:
+        for stack in map(nnx.clone, self.stacks):
+            for _, linear in nnx.iter_graph(stack):
+                if isinstance(linear, Linear):
+                    linear.settle_lora(self.compute_dtype)
             graphdef, stacked = nnx.split(stack)
             for i in range(stack_size(stack)):
                 alone = stacked if shared else jax.tree.map(lambda w, i=i: w[i : i + 1], stacked)

@@ -90,6 +90,13 @@ class Linear(nnx.Module):
         self.lora_b = nnx.LoRAParam(jnp.zeros((*layers, rank, out_features), jnp.float32))
         self.lora_scale = scale
 
+    def settle_lora(self, dtype: DTypeLike) -> None:
+        """Brings adapter leaves, if there are any, into the form that a product with inputs of `dtype` takes."""
+        if self.lora_scale is not None:
+            self.lora_a = nnx.LoRAParam(self.lora_a[...].astype(dtype))
+            self.lora_b = nnx.LoRAParam((self.lora_b[...] * self.lora_scale).astype(dtype))
+            self.lora_scale = 1.0
+
     def __call__(self, x: Float[Array, "*M in"]) -> Float[Array, "*M out"]:
         """The product, in the dtype of `x`."""
         y = multiply(x, self.kernel.get_value())

@@ -19,6 +19,10 @@ from rapidfire_jax.rollout.generate import SamplingConfig, generate
 from rapidfire_jax.training.job import learning_rate
 from rapidfire_jax.training.models import numbers_of, static_of
 
+# On a GPU, where few rows make a step as long as reading its weights takes: products of the library that reads a
+# layer's matrix in the stack, where Triton's and a merged one get a copy of it, in every step.
+DECODING = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
+
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
@@ -69,7 +73,11 @@ def compile_programs(
             config=config,
         )
 
-    return Programs(Program("rollout", rollout), Program("reference", reference), Program("learn", learn, donate=(0,)))
+    return Programs(
+        Program("rollout", rollout, options=DECODING),
+        Program("reference", reference),
+        Program("learn", learn, donate=(0,)),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
