@@ -290,6 +290,9 @@ def _is_finite(value: np.ndarray | Quantized) -> bool:
     if isinstance(value, Quantized):
         return all(_is_finite(np.asarray(x)) for x in (value.block_scale, value.offset))
     flat = value.ravel(order="K")
+    if value.dtype == "bfloat16":  # NumPy knows the bits alone quickly
+        flat, exponent = flat.view(np.uint16), np.uint16(0x7F80)
+        return all((flat[i : i + 2**18] & exponent != exponent).all() for i in range(0, len(flat), 2**18))
     return all(np.isfinite(flat[i : i + 2**20]).all() for i in range(0, len(flat), 2**20))
 
 

@@ -19,8 +19,8 @@ from rapidfire_jax.rollout.generate import SamplingConfig, generate
 from rapidfire_jax.training.job import learning_rate
 from rapidfire_jax.training.models import numbers_of, static_of
 
-# On a GPU, where few rows make a step as long as reading its weights takes: products of the library that reads a
-# layer's matrix in the stack, where Triton's and a merged one get a copy of it, in every step.
+# With dense weights on a GPU, where a step of few rows takes as long as reading them: products of the library that
+# reads a layer's matrix in the stack, where Triton's and merged ones get a copy of it, in every step.
 DECODING = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
 
 
@@ -40,8 +40,9 @@ def compile_programs(
     optimizer: optax.GradientTransformation,
     config: Any,
     decoding: RolloutConfig,
+    options: dict[str, Any] | None = None,
 ) -> Programs:
-    """Binds the static half of a run to the pure functions and jits them."""
+    """Binds the static half of a run to the pure functions and jits them; `options` are of the rollout's compiler."""
 
     def rollout(frozen, trainable, ids, mask, key, temperature):
         if decoding.dtype is not None:
@@ -74,7 +75,7 @@ def compile_programs(
         )
 
     return Programs(
-        Program("rollout", rollout, options=DECODING),
+        Program("rollout", rollout, options=options),
         Program("reference", reference),
         Program("learn", learn, donate=(0,)),
     )
@@ -92,7 +93,9 @@ class Recipe:
     def programs(self, policy: Policy) -> Programs:
         """The programs of a policy."""
         algorithm = tasks()[self.config.task]
-        return compile_programs(algorithm, policy, self.sampling, self.optimizer, self.static, self.config.rollout)
+        config = self.config
+        options = DECODING if config.model.quantize is None else None
+        return compile_programs(algorithm, policy, self.sampling, self.optimizer, self.static, config.rollout, options)
 
     def hparams(self, iteration: int) -> Any:
         """The numbers of an iteration, as float32 arrays so that none of them is a constant of the program."""
