@@ -8,8 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Implementation, Operation, hopper_kernel
-from pallas_kernels.flash_attention import mosaic_gpu, mosaic_gpu_vjp, visibility
-from pallas_kernels.flash_attention.reference import flash_attention_reference
+from pallas_kernels.flash_attention import mosaic_gpu, mosaic_gpu_vjp, reference, visibility
 from pallas_kernels.numerics import padded
 
 
@@ -58,7 +57,8 @@ def flash_attention(
         number above every length means all.
       scale: of the scores; `H ** -0.5` by default.
       soft_cap: bounds the scores, before the mask (Gemma 2).
-      implementation: "mosaic_gpu", "xla", or None for the first of them that can serve the call.
+      implementation: "mosaic_gpu", "strips" (causal: XLA without most of what is hidden), "xla", or None for the first of
+        them that can serve the call.
 
     Returns:
       `(out, lse)`.
@@ -146,6 +146,7 @@ OPERATION = Operation(
     "flash_attention",
     {
         "mosaic_gpu": hopper_kernel(_mosaic, mosaic_gpu.reasons),
-        "xla": Implementation(flash_attention_reference),
+        "strips": Implementation(reference.flash_attention_in_strips, reference.why_no_strips),
+        "xla": Implementation(reference.flash_attention_reference),
     },
 )

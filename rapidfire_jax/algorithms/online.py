@@ -437,16 +437,17 @@ def learn(
 ) -> tuple[TrainState, Metrics]:
     """Scores the rollouts by the reference (and by the policy, if `config.recompute`), then `update`.
 
-    `rollouts` come with `score`. With `recompute`, `policy/rollout_mismatch` is over all of them, and
-    `hparams.importance_cap` weights the policy loss of each token by the recomputed over the sampler's probability, at
-    most that cap (truncated importance sampling: Yao et al., Your Efficient RL Framework Secretly Brings You Off-Policy
-    RL Training, 2025).
+    `rollouts` come with `score`, and may come with `ref_logp_t`. With `recompute`, `policy/rollout_mismatch` is over
+    all of them, and `hparams.importance_cap` weights the policy loss of each token by the recomputed over the sampler's
+    probability, at most that cap (truncated importance sampling: Yao et al., Your Efficient RL Framework Secretly
+    Brings You Off-Policy RL Training, 2025).
     """
     inputs, length = _encoded(state, rollouts, encode, config)
     packing, mask_t = rollouts.packing, rollouts.mask_t
     rest = (inputs, length, hparams.temperature + config.temperature_shift)
     of_rollouts = lambda x: x if packing is None else packing.gather(x, mask_t)  # noqa: E731
-    rollouts = dataclasses.replace(rollouts, ref_logp_t=of_rollouts(reference(state.frozen, *rest)))
+    if rollouts.ref_logp_t is None:
+        rollouts = dataclasses.replace(rollouts, ref_logp_t=of_rollouts(reference(state.frozen, *rest)))
     mismatch = {}
     if hparams.importance_cap is not None and not config.recompute:
         raise ValueError("importance_cap corrects for the sampler, which needs recompute=True to be measured")

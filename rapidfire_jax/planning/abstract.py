@@ -46,6 +46,17 @@ class AbstractRun:
         return found
 
 
+    def times(self) -> dict[str, int]:
+        """How often an iteration calls each of them. Learning has the reference in it, unless that is called first."""
+        config = self.recipe.config
+        rows, rewards = config.rollout.batch_size, sum(entry.kind == "model" for entry in config.reward)
+        found = {"rollout": 1, "reference": int(self.recipe.reference_first), "learn": 1}
+        for i, entry in enumerate(neural := _neural(config)):
+            name = "reward" if len(neural) == 1 else f"reward {i + 1}"
+            found[name] = -(-rows // entry.batch_size) if i < rewards else 0  # judges are for the evaluation
+        return found
+
+
 def abstract_run(config: OnlineRunConfig, dtype: str) -> AbstractRun:
     """The run of a configuration on hardware that multiplies best in `dtype`.
 

@@ -38,6 +38,11 @@ def moved(jaxpr: Jaxpr, trips: tuple[int, ...]) -> float:
     return _summed(jaxpr, trips, of)
 
 
+def products(jaxpr: Jaxpr, trips: tuple[int, ...]) -> float:
+    """How often matrix products and kernels are called."""
+    return _summed(jaxpr, trips, lambda eqn: float(eqn.primitive.name in (*KERNELS, "dot_general")))
+
+
 def largest_buffers(program: str, count: int) -> list[tuple[int, str]]:
     """Bytes and origin of the largest arrays that a compiled program, as HLO text, computes."""
     found: dict[str, int] = {}

@@ -15,7 +15,7 @@ from pallas_kernels import dispatch, hopper
 from rapidfire_jax.config import OnlineRunConfig, load_config
 from rapidfire_jax.memory.devices import Device
 from rapidfire_jax.planning.abstract import abstract_run
-from rapidfire_jax.planning.costs import flops, largest_buffers, moved
+from rapidfire_jax.planning.costs import flops, largest_buffers, moved, products
 from rapidfire_jax.planning.estimate import estimate
 from rapidfire_jax.programs import Need, Program, need_of
 from rapidfire_jax.rollout.generate import loop_trips
@@ -28,13 +28,15 @@ HOPPER = ("h100-80gb", "h200")  # devices that programs are compiled for
 
 @dataclasses.dataclass(frozen=True)
 class ProgramFit:
-    """One program: memory, work, and the least time that the work can take."""
+    """One program: memory, work, the least time that the work can take, and what it is expected to take."""
 
     name: str
     need: Need
     flops: float
     bytes_accessed: float
     seconds: float
+    expected_seconds: float
+    times: int  # that an iteration calls it
     largest: list[tuple[int, str]]  # bytes and origin of the largest buffers
 
     def record(self) -> dict[str, Any]:
@@ -50,6 +52,8 @@ class ProgramFit:
             "flops": self.flops,
             "bytes_accessed": self.bytes_accessed,
             "floor_seconds": self.seconds,
+            "expected_seconds": self.expected_seconds,
+            "calls_an_iteration": self.times,
             "largest_buffers": [{"bytes": nbytes, "what": what} for nbytes, what in self.largest],
         }
 
@@ -69,6 +73,11 @@ class Fit:
         return max(program.need.peak for program in self.programs)
 
     @property
+    def iteration_seconds(self) -> float:
+        """What an iteration is expected to take, rewards on the host and waiting for them left out."""
+        return sum(program.times * program.expected_seconds for program in self.programs)
+
+    @property
     def fits(self) -> bool:
         """Whether that is there."""
         return self.peak <= self.device.memory
@@ -78,6 +87,7 @@ class Fit:
         return {
             "fits": self.fits,
             "peak_bytes": self.peak,
+            "expected_iteration_seconds": self.iteration_seconds,
             "device": self.device.name,
             "device_bytes": self.device.memory,
             "estimated": self.estimated,
@@ -115,7 +125,7 @@ def fit(config: OnlineRunConfig, device: Device, tell: Callable[[str], None] = l
         with jax.sharding.use_abstract_mesh(_mesh(device)):
             policy, chosen = fit_plan(run.policy, learn, args, config.memory, left, lambda *call: need(*call).need)
         run = dataclasses.replace(run, policy=policy)
-    trips = loop_trips(config.rollout.batch_size, run.recipe.sampling)
+    trips, times = loop_trips(config.rollout.batch_size, run.recipe.sampling), run.times()
 
     def fit_one(call: tuple[str, tuple[Program, tuple[Any, ...]]]) -> ProgramFit:
         name, (program, args) = call
@@ -125,10 +135,12 @@ def fit(config: OnlineRunConfig, device: Device, tell: Callable[[str], None] = l
         found = need(program, args)
         with dispatch.prefer("xla", "chunked", "scan"):
             work = flops(jax.make_jaxpr(program.function)(*args).jaxpr, trips)
-        nbytes = moved(_traced(device, program, args).jaxpr, trips)
+        traced = _traced(device, program, args).jaxpr
+        nbytes = moved(traced, trips)
         seconds = device.seconds(work, nbytes, device.dtype)
+        expected = device.expected_seconds(work, nbytes, products(traced, trips), device.dtype)
         complete = dataclasses.replace(found.need, resident=resident)
-        return ProgramFit(name, complete, work, nbytes, seconds, found.largest)
+        return ProgramFit(name, complete, work, nbytes, seconds, expected, times[name], found.largest)
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         programs = list(pool.map(fit_one, run.calls().items()))

@@ -21,15 +21,17 @@ def show(fit: Fit) -> None:
         table.add_row(program.name, *(f"{part / GIB:.2f}" for part in parts))
     console.print(table)
     work = Table(title="work")
-    for heading in ("program", "TFLOP", "GB moved", "at least s", "largest buffers"):
+    for heading in ("program", "TFLOP", "GB moved", "at least s", "about s", "times", "largest buffers"):
         work.add_column(heading, justify="left" if heading in ("program", "largest buffers") else "right")
     for program in fit.programs:
         buffers = "\n".join(f"{nbytes / GIB:.2f} GiB {what}" for nbytes, what in program.largest[:3])
         numbers = (program.flops / 1e12, program.bytes_accessed / 1e9)
-        work.add_row(program.name, *(f"{n:,.1f}" for n in numbers), f"{program.seconds:.2f}", buffers)
+        seconds = (f"{program.seconds:.2f}", f"{program.expected_seconds:.2f}", str(program.times))
+        work.add_row(program.name, *(f"{n:,.1f}" for n in numbers), *seconds, buffers)
     console.print(work)
     if fit.estimated:
         print(f"estimated, not compiled: {'; '.join(fit.estimated)} (compiler: uv sync --group h100)")
+    print(f"about {fit.iteration_seconds:.1f} s an iteration, rewards on the host not counted")
     verdict = "fits" if fit.fits else "does not fit"
     print(f"{verdict}: {fit.peak / GIB:.2f} GiB at most, of {fit.device.memory / GIB:.2f} on {fit.device.name}")
 

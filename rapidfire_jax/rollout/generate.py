@@ -1,7 +1,8 @@
 """Sampling whole responses as one program: prefill, then a `while_loop` over a key/value cache.
 
 All rows at once, until the last has ended; or, with a smaller decode batch, continuously: a lane of it whose row
-has ended takes the next prompt, so that unequal lengths leave few lanes idle.
+has ended takes the next prompt, so that unequal lengths leave few lanes idle. Of several responses to a prompt, all
+start from one prefill.
 """
 
 import dataclasses
@@ -32,6 +33,7 @@ class SamplingConfig:
     greedy: bool = False
     int8_cache: bool = False  # keys and values in 8 bits
     decode_batch_size: int | None = None  # rows decoded at a time; None: all
+    samples_per_prompt: int = 1  # at most `decode_batch_size`
 
 
 class Generation(NamedTuple):
@@ -50,12 +52,13 @@ def loop_trips(rows: int, config: SamplingConfig) -> tuple[int, ...]:
     T, lanes = config.max_new_tokens, config.decode_batch_size
     if lanes is None or lanes >= rows:
         return (T,)
-    R = _refilled_at_once(lanes)
+    R = _refilled_at_once(lanes, config.samples_per_prompt)
     return -(-rows // R), -(-T * R // lanes)
 
 
-def _refilled_at_once(lanes: int) -> int:
-    return -(-lanes // 4)
+def _refilled_at_once(lanes: int, samples_per_prompt: int) -> int:
+    """A quarter of the lanes, and whole prompts."""
+    return -(-lanes // (4 * samples_per_prompt)) * samples_per_prompt
 
 
 class _Drawn(NamedTuple):
@@ -69,14 +72,14 @@ class _Drawn(NamedTuple):
 
 def generate(
     model: "CausalLM",
-    prompts: Int[Array, "B P"],
-    prompt_mask: Bool[Array, "B P"],
+    prompts: Int[Array, "N P"],
+    prompt_mask: Bool[Array, "N P"],
     key: Array,
     temperature: Float[Array, ""] | float = 1.0,
     *,
     config: SamplingConfig,
 ) -> Generation:
-    """Samples a response to each prompt; stops early when every row has ended.
+    """Samples G responses to each prompt, in B = N G rows, a prompt's together; stops early when all have ended.
 
     Args:
       model: a decoder; adapters and value head are used if it has them.
@@ -84,16 +87,23 @@ def generate(
       prompt_mask: True on real tokens.
       key: random key; the same key gives the same responses.
       temperature: divides the logits; traced, so changing it compiles nothing.
-      config: static settings; `config.decode_batch_size` bounds the memory of the cache and the work of a step.
+      config: static settings; `config.decode_batch_size` bounds the memory of the cache and the work of a step, and
+        `config.samples_per_prompt` is G.
+
+    Raises:
+      ValueError: a prompt has more responses than are decoded at a time.
 
     No gradient flows: wrap nothing around this. Activations and cache have the compute dtype of the model.
     """
     draw = partial(_draw, model, temperature=temperature, config=config)
-    sample_all = _all_at_once
-    if config.decode_batch_size is not None and config.decode_batch_size < len(prompts):
+    sample_all, G, lanes = _all_at_once, config.samples_per_prompt, config.decode_batch_size
+    if lanes is not None and lanes < len(prompts) * G:
+        if lanes < G:
+            raise ValueError(f"decode_batch_size={lanes} is less than samples_per_prompt={G}")
         sample_all = _continuously
     tokens, mask_t, logp_t, v_t = sample_all(model, prompts, prompt_mask, key, draw, config)
     eos = jnp.asarray(config.eos_ids, jnp.int32)
+    prompts, prompt_mask = (jnp.repeat(x, G, axis=0) for x in (prompts, prompt_mask))
     return Generation(
         tokens=jnp.concatenate([prompts, tokens], axis=1),
         attention_mask=jnp.concatenate([prompt_mask, mask_t], axis=1),
@@ -160,10 +170,10 @@ class _Batch(NamedTuple):
 
 def _all_at_once(model, prompts, prompt_mask, key, draw, config: SamplingConfig) -> _Responses:
     """Every row from its first to its last token, in step."""
-    B, P = prompts.shape
-    T = config.max_new_tokens
+    G, T, P = config.samples_per_prompt, config.max_new_tokens, prompts.shape[1]
+    B = len(prompts) * G
     layers = model.layers()
-    lengths = prompt_mask.sum(axis=1, dtype=jnp.int32)
+    lengths = jnp.repeat(prompt_mask.sum(axis=1, dtype=jnp.int32), G)
 
     def choose(loop: _Batch, hidden: Float[Array, "B D"]) -> _Batch:
         """Draws token t of the rows that are still running, from the hidden states before it."""
@@ -179,9 +189,15 @@ def _all_at_once(model, prompts, prompt_mask, key, draw, config: SamplingConfig)
         hidden, cache = model.decode(layers, loop.cache, token, mask, lengths + loop.t - 1)
         return choose(loop._replace(cache=cache), hidden)
 
-    hidden, cache = model.prefill(prompts, prompt_mask, P + T, int8=config.int8_cache)
+    last, cache = _prefill(model, prompts, prompt_mask, P + T, config)
     start = _Batch(jnp.zeros((), jnp.int32), key, cache, jnp.ones((B,), bool), _Responses.none_yet(B, config))
-    return jax.lax.while_loop(lambda s: (s.t < T) & s.running.any(), advance, choose(start, hidden[:, -1])).responses
+    return jax.lax.while_loop(lambda s: (s.t < T) & s.running.any(), advance, choose(start, last)).responses
+
+
+def _prefill(model, prompts, prompt_mask, slots: int, config: SamplingConfig) -> tuple[Float[Array, "B D"], "KVCache"]:
+    """The last hidden state of each prompt and its cache, once for each of its responses."""
+    hidden, cache = model.prefill(prompts, prompt_mask, slots, int8=config.int8_cache)
+    return jax.tree.map(lambda x: jnp.repeat(x, config.samples_per_prompt, axis=0), (hidden[:, -1], cache))
 
 
 class _Lanes(NamedTuple):
@@ -202,12 +218,13 @@ def _continuously(model, prompts, prompt_mask, key, draw, config: SamplingConfig
 
     Yu et al., Orca: A Distributed Serving System for Transformer-Based Generative Models, 2022.
     """
-    B, P = prompts.shape
-    T, M = config.max_new_tokens, config.decode_batch_size or B
-    R = _refilled_at_once(M)
+    G, T, P = config.samples_per_prompt, config.max_new_tokens, prompts.shape[1]
+    B = len(prompts) * G
+    M = config.decode_batch_size or B
+    R = _refilled_at_once(M, G)
     layers = model.layers()
-    lengths = prompt_mask.sum(axis=1, dtype=jnp.int32)
-    prompts, prompt_mask = (jnp.pad(x, ((0, -B % R), (0, 0)), mode="edge") for x in (prompts, prompt_mask))
+    lengths = jnp.repeat(prompt_mask.sum(axis=1, dtype=jnp.int32), G)
+    prompts, prompt_mask = (jnp.pad(x, ((0, -B % R // G), (0, 0)), mode="edge") for x in (prompts, prompt_mask))
 
     def put(loop: _Lanes, drawn: _Drawn, lanes: Int[Array, " N"], row: Int[Array, " N"], t: Int[Array, " N"]) -> _Lanes:
         """Files what was drawn as token t of its row; rows that are not running have number B, and are dropped."""
@@ -223,15 +240,13 @@ def _continuously(model, prompts, prompt_mask, key, draw, config: SamplingConfig
         key, now = jax.random.split(loop.key)
         lanes = jnp.argsort(loop.running, stable=True)[:R]
         row = loop.taken + jnp.arange(R)
-        mask = jax.lax.dynamic_slice_in_dim(prompt_mask, loop.taken, R)
-        hidden, new = model.prefill(
-            jax.lax.dynamic_slice_in_dim(prompts, loop.taken, R), mask, P, int8=config.int8_cache
-        )
+        tokens, mask = (jax.lax.dynamic_slice_in_dim(x, loop.taken // G, R // G) for x in (prompts, prompt_mask))
+        last, new = _prefill(model, tokens, mask, P, config)
         held = jax.tree.map(lambda cached, x: cached.at[lanes, :, : x.shape[2]].set(x), loop.cache.layers, new.layers)
         starts, ends = loop.cache.starts.at[lanes].set(new.starts), loop.cache.ends.at[lanes].set(new.ends)
         cache = dataclasses.replace(loop.cache, layers=held, starts=starts, ends=ends)
         loop = loop._replace(key=key, cache=cache, row=loop.row.at[lanes].set(row), taken=loop.taken + R)
-        return put(loop, draw(hidden[:, -1], row < B, now), lanes, jnp.minimum(row, B), jnp.zeros(R, jnp.int32))
+        return put(loop, draw(last, row < B, now), lanes, jnp.minimum(row, B), jnp.zeros(R, jnp.int32))
 
     def advance(loop: _Lanes) -> _Lanes:
         key, now = jax.random.split(loop.key)
@@ -250,7 +265,8 @@ def _continuously(model, prompts, prompt_mask, key, draw, config: SamplingConfig
 
         return jax.lax.while_loop(is_full, advance, refill(loop))
 
-    _, cache = jax.eval_shape(lambda: model.prefill(prompts[:M], prompt_mask[:M], P + T, int8=config.int8_cache))
+    one_lane_each = jnp.zeros((M, P), jnp.int32), jnp.ones((M, P), bool)
+    _, cache = jax.eval_shape(lambda: model.prefill(*one_lane_each, P + T, int8=config.int8_cache))
     zeros = jnp.zeros(M, jnp.int32)
     start = _Lanes(
         key=key,

@@ -1,7 +1,7 @@
 """The job of a policy that learns from its own rollouts: PPO, GRPO, RLOO, REINFORCE++.
 
 Three programs are compiled, once for each bucket of prompt lengths: rollout, reference, and learning. Rewards run on
-the host between the first and the last.
+the host between the first and the last; while functions and servers are at it, the device does the reference.
 """
 
 import dataclasses
@@ -151,10 +151,13 @@ class OnlineJob:
     def _sample(self, number: int, key: jax.Array, temperature: jax.Array) -> _Batch:
         """Rollouts of one batch of prompts, and their scores."""
         prompts = self.prompts.batch(number, self.config.rollout.batch_size // self.group_size)
-        prompts = prompts.select([i for i in range(len(prompts)) for _ in range(self.group_size)])
         ids, mask = pad_batch(prompts.tokens, self.buckets, pad_id=0)
+        prompts = prompts.select([i for i in range(len(prompts)) for _ in range(self.group_size)])
         clock = [time.perf_counter()]
         rollouts = self.programs.rollout(self.state.frozen, self.state.trainable, ids, mask, key, temperature)
+        if self.recipe.reference_first:
+            ref_logp_t = self.programs.reference(self.state.frozen, rollouts, temperature)
+            rollouts = dataclasses.replace(rollouts, ref_logp_t=ref_logp_t)
         responses = response_tokens(rollouts)
         clock.append(time.perf_counter())
         texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
@@ -174,7 +177,7 @@ class OnlineJob:
         state, temperature = self.state, self.recipe.hparams(0).temperature
 
         def sample(ids, mask, key):
-            return self.programs.rollout(state.frozen, state.trainable, ids, mask, key, temperature)
+            return self.programs.sample(state.frozen, state.trainable, ids, mask, key, temperature)
 
         def reference(rollouts):
             return self.programs.reference(state.frozen, rollouts, temperature)

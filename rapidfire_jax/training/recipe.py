@@ -1,6 +1,7 @@
 """The programs of a run that learns from its own rollouts, from its configuration alone: no weights, no data."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -28,7 +29,8 @@ DECODING = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_m
 class Programs:
     """The compiled programs of a run. The jit boundary of the project."""
 
-    rollout: Program  # (frozen, trainable, ids, mask, key, temperature) -> Rollouts
+    rollout: Program  # (frozen, trainable, ids, mask, key, temperature) -> Rollouts, a group of rows to each prompt
+    sample: Program  # the same, with one row to each prompt
     reference: Program  # (frozen, rollouts, temperature) -> ref_logp_t
     learn: Program  # (state, rollouts, hparams, key) -> (state, metrics); donates state
 
@@ -44,7 +46,7 @@ def compile_programs(
 ) -> Programs:
     """Binds the static half of a run to the pure functions and jits them; `options` are of the rollout's compiler."""
 
-    def rollout(frozen, trainable, ids, mask, key, temperature):
+    def rollout(sampling, frozen, trainable, ids, mask, key, temperature):
         if decoding.dtype is not None:
             frozen = cast(frozen, decoding.dtype)
             trainable = cast(trainable, decoding.dtype) if policy.full else trainable
@@ -74,8 +76,13 @@ def compile_programs(
             config=config,
         )
 
+    sample = grouped = Program("rollout", functools.partial(rollout, sampling), options=options)
+    if sampling.samples_per_prompt > 1:
+        one_each = dataclasses.replace(sampling, samples_per_prompt=1)
+        sample = Program("sample", functools.partial(rollout, one_each), options=options)
     return Programs(
-        Program("rollout", rollout, options=options),
+        grouped,
+        sample,
         Program("reference", reference),
         Program("learn", learn, donate=(0,)),
     )
@@ -89,6 +96,13 @@ class Recipe:
     sampling: SamplingConfig
     static: Any  # of the algorithm
     optimizer: optax.GradientTransformation
+
+    @property
+    def reference_first(self) -> bool:
+        """Whether the device does the reference while the host scores; not where it shares work with learning."""
+        on_host = any(entry.kind != "model" for entry in self.config.reward)
+        shares = self.config.adapter.layers is not None or self.static.packing
+        return on_host and not shares and not getattr(self.static, "dynamic_sampling", False)
 
     def programs(self, policy: Policy) -> Programs:
         """The programs of a policy."""
@@ -111,11 +125,14 @@ class Recipe:
     def largest(self, rollout: Program, state: TrainState) -> dict[str, tuple[Any, ...]]:
         """Arguments of the programs by name, in part as shapes alone, with the longest prompts."""
         rows, length = self.config.rollout.batch_size, prompt_buckets(self.config.data.max_prompt_length)[-1]
-        prompts, mask = (jax.ShapeDtypeStruct((rows, length), dtype) for dtype in (jnp.int32, bool))
+        shape = rows // self.sampling.samples_per_prompt, length
+        prompts, mask = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, bool))
         hparams, key = self.hparams(0), jax.random.key(0)
         args = state.frozen, state.trainable, prompts, mask, key, hparams.temperature
         rollouts = jax.eval_shape(rollout.function, *args)
         scored = dataclasses.replace(rollouts, score=jax.ShapeDtypeStruct((rows,), jnp.float32))
+        if self.reference_first:
+            scored = dataclasses.replace(scored, ref_logp_t=rollouts.old_logp_t)
         return {
             "rollout": args,
             "reference": (state.frozen, rollouts, hparams.temperature),
@@ -128,6 +145,7 @@ def recipe_of(
 ) -> Recipe:
     """The recipe of a configuration; `eos_ids` end a response, `eos_id` is the tokenizer's."""
     rollout = config.rollout
+    static = static_of(config, recompute=rollout.log_probs == "recompute", eos_id=eos_id)
     sampling = SamplingConfig(
         max_new_tokens=rollout.max_new_tokens,
         eos_ids=eos_ids,
@@ -136,6 +154,6 @@ def recipe_of(
         min_p=rollout.min_p,
         int8_cache=rollout.cache == "int8",
         decode_batch_size=rollout.decode_batch_size,
+        samples_per_prompt=getattr(static, "group_size", 1),
     )
-    static = static_of(config, recompute=rollout.log_probs == "recompute", eos_id=eos_id)
     return Recipe(config, sampling, static, optimizer)

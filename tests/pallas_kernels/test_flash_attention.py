@@ -115,6 +115,46 @@ def name(case: Case) -> str:
     return ", ".join(f"{field} {value}" for field, value in changed.items())
 
 
+STRIPS = [
+    Case((128, 128)),
+    Case((133, 133), (4, 2), segments="left padding", batch=2),
+    Case((200, 200), (3, 3), dtype="float32", segments="packed, padding between"),
+    Case((257, 257), window=50, dtype="float32"),
+    Case((190, 190), window=1, soft_cap=2.0),
+    Case((160, 160), window=33, segments="packed", dtype="float32"),  # traced
+    Case((300, 300), segments="padding alone", dtype="float32"),
+]
+
+
+@pytest.mark.parametrize("case", STRIPS, ids=name)
+def test_strips_agree_with_the_reference(case: Case):
+    tensors, *segments = problem(case)
+    results = {}
+    for implementation in ("strips", "xla"):
+
+        def weighted(*tensors, implementation=implementation):
+            out, lse = call(case, *tensors, *segments, implementation)
+            noise = normal(7, out.shape, "float32")
+            return (out.astype(jnp.float32) * noise).sum() + jnp.where(jnp.isfinite(lse), lse, 0.0).sum(), (out, lse)
+
+        results[implementation] = jax.jit(jax.grad(weighted, (0, 1, 2), has_aux=True))(*tensors)
+    tolerance = 1e-5 if case.dtype == "float32" else 2e-2
+    for ours, theirs in zip(jax.tree.leaves(results["strips"]), jax.tree.leaves(results["xla"]), strict=True):
+        np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (ours, theirs)), rtol=tolerance, atol=tolerance)
+
+
+def test_strips_are_for_long_causal_rows():
+    (q, k, v), *_ = problem(Case((64, 64)))
+    for arguments, reason in (
+        ((q, k, v), "64 queries are fewer than 128"),
+        ((q, k[:, :8], v[:, :8]), "64 queries and 8 keys"),
+    ):
+        with pytest.raises(NotImplementedError, match=reason):
+            flash_attention(*arguments, implementation="strips")
+    with pytest.raises(NotImplementedError, match="may see every key"):
+        flash_attention(q, k, v, causal=False, implementation="strips")
+
+
 @pytest.mark.parametrize("case", spread(CASES, 9), ids=name)
 def test_kernels_agree_with_the_reference(case: Case):
     tensors, *segments = problem(case)

@@ -106,3 +106,25 @@ def test_a_small_decode_batch_gives_the_responses_of_all_rows_at_once(rows, lane
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
     np.testing.assert_allclose(found.logp_t, expected.logp_t, **F32_LONG)
     np.testing.assert_allclose(found.v_t, expected.v_t, **F32_LONG)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "samples", "lanes"), [(3, 4, None), (1, 5, None), (5, 2, 4), (4, 3, 3), (3, 4, 7), (2, 2, 9)]
+)
+@pytest.mark.parametrize("int8_cache", [False, True])
+def test_responses_to_one_prompt_are_those_to_its_copies(prompts, samples, lanes, int8_cache):
+    model = tiny_model()
+    tokens, mask = padded_batch([1 + i % 6 for i in range(prompts)], 6)
+    copies = (jnp.repeat(x, samples, axis=0) for x in (tokens, mask))
+    config = {"max_new_tokens": 9, "eos_ids": (5, 9), "int8_cache": int8_cache, "greedy": lanes is not None}
+    expected = run(model, *copies, **config)
+    found = run(model, tokens, mask, samples_per_prompt=samples, decode_batch_size=lanes, **config)
+    for name in ("tokens", "attention_mask", "mask_t", "ended"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    np.testing.assert_allclose(found.logp_t, expected.logp_t, **F32_LONG)
+
+
+def test_more_responses_to_a_prompt_than_are_decoded_at_a_time_are_refused():
+    config = {"max_new_tokens": 2, "eos_ids": (), "samples_per_prompt": 4, "decode_batch_size": 3}
+    with pytest.raises(ValueError, match="decode_batch_size=3 is less than samples_per_prompt=4"):
+        run(tiny_model(), *padded_batch([2, 3], 3), **config)

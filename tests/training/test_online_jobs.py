@@ -1,5 +1,6 @@
 """Jobs of the tasks that learn from their own rollouts: what their settings do, resuming, and what they refuse."""
 
+import dataclasses
 import importlib
 import json
 
@@ -236,3 +237,32 @@ def test_what_is_refused(online, tmp_path, task, changes, words):
 
 def test_a_language_model_is_no_critic(online, assets):
     check(run("train", online("ppo", critic={"name": str(assets / "model")})), str(assets / "model"))
+
+
+@pytest.mark.parametrize("layers", [None, 1])
+def test_the_reference_is_asked_before_a_reward_on_the_host_unless_it_shares_work(online, layers, monkeypatch):
+    job = OnlineJob(load_config(online("ppo", adapter={"layers": layers})))
+    order, programs, reward = [], job.programs, job.reward
+
+    def noting(name, function):
+        def called(*args):
+            order.append(name)
+            return function(*args)
+
+        return called
+
+    names = ("rollout", "reference", "learn")
+    noted = {name: noting(name, getattr(programs, name)) for name in names}
+    monkeypatch.setattr(job, "programs", dataclasses.replace(programs, **noted))
+    monkeypatch.setattr(job, "reward", noting("reward", reward))
+    first = job.iterate(0)
+    expected = ["rollout", "reference", "reward", "learn"] if layers is None else ["rollout", "reward", "learn"]
+    assert order == expected
+    assert np.isfinite(first["kl"])
+
+
+def test_a_group_shares_the_prefill_of_its_prompt(online, finish):
+    done = finish(online("grpo", rollout={"batch_size": 8}, rl={"group_size": 4}))
+    assert_exported(done)
+    assert done.job.programs.rollout is not done.job.programs.sample
+    assert all(0 <= record["kl"] < 1 for record in done.records)
