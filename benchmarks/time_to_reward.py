@@ -18,6 +18,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import jax
 import yaml
 
 from benchmarks.end_to_end import WINDOW, reached
@@ -51,7 +52,7 @@ def prepare(folder: Path, iterations: int) -> tuple[Any, dict[str, Any]]:
     rows = config.rollout.batch_size
     used = [tokens for i in range(iterations) for tokens in prompts.batch(i, rows).tokens]
     (folder / "prompts.json").write_text(json.dumps([list(map(int, tokens)) for tokens in used]))
-    lora = {"r": config.adapter.rank, "lora_alpha": config.adapter.alpha, "target_modules": config.adapter.targets}
+    lora = {"r": config.adapter.rank, "lora_alpha": config.adapter.alpha}
     settings = {
         "folder": str(folder),
         "threads": THREADS,
@@ -132,6 +133,7 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := set(args.sides.split(",")) - {"ours", "trl"}:
         parser.error(f"--sides: no {', '.join(sorted(unknown))}; there are ours, trl")
+    jax.config.update("jax_platforms", "cpu")  # of this process alone, which takes no memory of a GPU
     if not Path("/dev/nvidia0").exists():
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
     with tempfile.TemporaryDirectory() as scratch:

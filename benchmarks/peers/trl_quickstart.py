@@ -16,6 +16,9 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 from benchmarks.peers.protocol import Channel
 from benchmarks.peers.trl_ppo import PACKAGES, Gate, watch
 
+# Of a Llama; peft takes no "all-linear" where only some layers are adapted.
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
 
 class Judge(torch.nn.Module):
     """A reward model in the form that TRL calls: its hidden states are the tokens, and a server has the scores."""
@@ -52,7 +55,8 @@ def main() -> None:
     classifier = transformers.AutoModelForSequenceClassification.from_pretrained
     value = classifier(folder / "policy", num_labels=1, **weights)
     layers = policy.config.num_hidden_layers
-    lora = settings["lora"] | {"layers_to_transform": list(range(layers - settings["layers"], layers))}
+    adapted = list(range(layers - settings["layers"], layers))
+    lora = settings["lora"] | {"target_modules": PROJECTIONS, "layers_to_transform": adapted}
     peft.inject_adapter_in_model(peft.LoraConfig(**lora, exclude_modules=["score"]), value)
     value.score.requires_grad_(True)
     judge = Judge(tokenizer, settings["url"])
