@@ -57,8 +57,8 @@ def flash_attention(
         number above every length means all.
       scale: of the scores; `H ** -0.5` by default.
       soft_cap: bounds the scores, before the mask (Gemma 2).
-      implementation: "mosaic_gpu", "strips" (causal: XLA without most of what is hidden), "xla", or None for the first of
-        them that can serve the call.
+      implementation: "mosaic_gpu", "strips" (causal: XLA without most of what is hidden), "xla", or None for the
+        first of them that can serve the call.
 
     Returns:
       `(out, lse)`.

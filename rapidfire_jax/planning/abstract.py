@@ -45,7 +45,6 @@ class AbstractRun:
             found[name] = Program(name, SCORE.function), (model, *shapes)
         return found
 
-
     def times(self) -> dict[str, int]:
         """How often an iteration calls each of them. Learning has the reference in it, unless that is called first."""
         config = self.recipe.config

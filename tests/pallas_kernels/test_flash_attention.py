@@ -289,7 +289,7 @@ def test_says_what_is_wrong():
         flash_attention(q, k, k, implementation="mosaic_gpu")
     for reason in ("the device is 'cpu'", "dtype float32", "head width 48"):
         assert reason in str(error.value)
-    with pytest.raises(ValueError, match=r"accepted: 'mosaic_gpu', 'xla', None"):
+    with pytest.raises(ValueError, match=r"accepted: 'mosaic_gpu', 'strips', 'xla', None"):
         flash_attention(q, k, k, implementation="triton")
     with pytest.raises(ValueError, match=r"do not fit"):
         flash_attention(q, k[:, :, :1], k)
