@@ -8,6 +8,7 @@ from rapidfire_jax.errors import InputError
 from rapidfire_jax.models.heads import CausalLM
 from rapidfire_jax.models.lora import PROJECTIONS, add_lora, merge_lora
 from rapidfire_jax.models.weights import parameters
+from rapidfire_jax.rollout.generate import SamplingConfig, generate
 from tests.helpers.tiny import TINY, padded_batch, tiny_model
 from tests.helpers.tolerances import F32_LONG
 
@@ -73,6 +74,20 @@ def test_merged_model_computes_the_same(targets, layers):
     np.testing.assert_allclose(forward(merged, tokens, mask), forward(model, tokens, mask), **F32_LONG)
     assert np.abs(forward(merged, tokens, mask) - forward(tiny_model(), tokens, mask)).max() > 0.1
     assert model.stacks[-1].q_proj.lora_scale is not None  # the argument is left alone
+
+
+@pytest.mark.parametrize("layers", [None, 1])
+def test_decoding_with_adapters_is_that_of_the_merged_model(layers):
+    tokens, mask = padded_batch([5, 9], 9)
+    model = with_adapters(layers=layers)
+    config = SamplingConfig(max_new_tokens=7, eos_ids=(), greedy=True)
+    run = jax.jit(generate, static_argnames="config")
+    ours, merged = (run(m, tokens, mask, jax.random.key(0), config=config) for m in (model, merge_lora(model)))
+    np.testing.assert_array_equal(ours.tokens, merged.tokens)
+    np.testing.assert_allclose(ours.logp_t, merged.logp_t, **F32_LONG)
+    assert model.stacks[-1].q_proj.lora_scale == 1.5  # the model itself is left alone
+    plain = run(tiny_model(), tokens, mask, jax.random.key(0), config=config)
+    assert np.abs(ours.logp_t - plain.logp_t).max() > 1e-2
 
 
 def test_merge_under_jit():

@@ -175,11 +175,24 @@ def test_unknown_dtype(tmp_path):
         load(str(tmp_path), dtype="int8")
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_weights_that_are_not_finite_are_named(tmp_path, bad):
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_matrices_of_more_than_one_tile(tmp_path, stored, dtype):
+    model = tiny_model(hidden_size=136, intermediate_size=301)
+    tensors = {name: value.astype(jnp.dtype(stored)) for name, value in checkpoint(model).items()}
+    found = load(write(tmp_path, model, tensors), dtype=dtype).blocks
+    for name, module in (("self_attn.q_proj", found.q_proj), ("mlp.up_proj", found.up_proj)):
+        for i in range(model.config.num_layers):
+            expected = tensors[f"model.layers.{i}.{name}.weight"].astype(jnp.dtype(dtype)).T
+            np.testing.assert_array_equal(module.kernel[...][i], expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite_are_named(tmp_path, bad, dtype):
     model = tiny_model()
-    tensors = checkpoint(model)
-    tensors["model.layers.1.mlp.up_proj.weight"] = np.full((40, 24), bad, np.float32)
+    tensors = {name: value.astype(jnp.dtype(dtype)) for name, value in checkpoint(model).items()}
+    tensors["model.layers.1.mlp.up_proj.weight"][7, 3] = bad
     with pytest.warns(UserWarning, match=r"'model\.layers\.1\.mlp\.up_proj\.weight' holds NaN or infinite"):
         load(write(tmp_path, model, tensors))
 
