@@ -31,6 +31,7 @@ import numpy as np
 import yaml
 from safetensors.numpy import save_file
 
+from benchmarks.peers.words import word_tokenizer
 from benchmarks.results import append, show
 from benchmarks.workers import Worker, peer_python
 from rapidfire_jax.models.config import DecoderConfig
@@ -46,47 +47,50 @@ SIZES = {
     "1b": DecoderConfig(128_256, 2048, 8192, 16, 32, 8, 64, **LLAMA),
     "8b": DecoderConfig(128_256, 4096, 14336, 32, 32, 8, 128, **LLAMA),
 }
-TRL = {"epochs": 4, "checkpointing": True, "dtype": "bfloat16", "device": "cuda", "critic_lora": True}
+TRL = {"checkpointing": True, "dtype": "bfloat16", "device": "cuda", "critic_lora": True}
 # Rows of a batch, of a step forward and backward, and of a rollout.
 TRL_BATCHES = {"1b": ((32, 8, 32), (32, 4, 16)), "8b": ((32, 4, 32), (32, 4, 16), (16, 2, 16), (16, 1, 8))}
 OURS_BATCHES = {"1b": {"bf16": (32, 4), "nf4": (32, 4)}, "8b": {"bf16": (64, 8), "nf4": (64, 16)}}
 SIDES = ("trl", "bf16", "nf4")
 LORA = {"rank": 16, "alpha": 32, "targets": "all-linear"}
-COMMON = {"learning_rate": 1e-5, "temperature": 1.0, "kl_coef": 0.02, "seed": 0}
+COMMON = {"epochs": 4, "learning_rate": 1e-5, "temperature": 1.0, "kl_coef": 0.02, "seed": 0}
 
 
 def write_models(folder: Path, config: DecoderConfig) -> None:
     """Policy, reward model and prompts, unless they are there. The reward model has the policy's trunk."""
     if (folder / "prompts.npy").exists():
         return
-    tokenizer = _tokenizer(config.vocab_size)
+    tokenizer = word_tokenizer(config.vocab_size - ADDED)
+    special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     for name in ("policy", "reward"):
         (folder / name).mkdir(parents=True, exist_ok=True)
         described = to_hugging_face(config, dtype="bfloat16", scalar_head=name == "reward")
-        described |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-        (folder / name / "config.json").write_text(json.dumps(described))
+        (folder / name / "config.json").write_text(json.dumps(described | special))
         tokenizer.save_pretrained(folder / name)
+    _write_weights(folder, config)
+    prompts = np.random.default_rng(2).integers(config.vocab_size - ADDED, size=(PROMPTS, PROMPT)).astype(np.int32)
+    with (folder / "prompts.jsonl").open("w") as file:
+        for row in prompts.tolist():
+            file.write(json.dumps({"prompt": " ".join(f"t{token}" for token in row)}) + "\n")
+    np.save(folder / "prompts.npy", prompts)
+
+
+def _write_weights(folder: Path, config: DecoderConfig) -> None:
+    """A file a layer, drawn one by one; the files of the trunk lie with the policy, the reward model links to them."""
     family = FAMILIES[config.family]
-    shapes = stored_shapes(CausalLM, family, config)
-    head = {name: shape for name, shape in shapes.items() if name.startswith("lm_head")}
-    score = stored_shapes(RewardModel, family, config)
-    parts = {"policy": head, "reward": {name: shape for name, shape in score.items() if name not in shapes}}
-    for i in range(config.num_layers):
-        parts[f"layer-{i}"] = {name: shape for name, shape in shapes.items() if f".layers.{i}." in name}
-    split = {name for part in parts.values() for name in part}
-    parts["trunk"] = {name: shape for name, shape in shapes.items() if name not in split}
-
-    @functools.partial(jax.jit, static_argnums=1)
-    def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        return jnp.ones(shape, jnp.bfloat16) if len(shape) == 1 else 0.02 * jax.random.normal(key, shape, jnp.bfloat16)
-
-    key = jax.random.key(0)
+    of_policy, of_reward = (stored_shapes(kind, family, config) for kind in (CausalLM, RewardModel))
     weight_maps: dict[str, dict[str, str]] = {"policy": {}, "reward": {}}
-    for part, wanted in parts.items():
-        keys = jax.random.split(jax.random.fold_in(key, len(weight_maps["policy"])), len(wanted))
-        tensors = {name: np.asarray(draw(k, shape)) for k, (name, shape) in zip(keys, wanted.items(), strict=True)}
-        file = f"{part}.safetensors"
-        owners = [part] if part in weight_maps else ["policy", "reward"]
+    parts: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape in (of_policy | of_reward).items():
+        layer = name.partition(".layers.")[2].partition(".")[0]
+        part = f"layer-{layer}" if layer else name
+        parts.setdefault(f"{part}.safetensors", {})[name] = shape
+    for number, (file, wanted) in enumerate(parts.items()):
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(0), number), len(wanted))
+        tensors = {name: np.asarray(_draw(k, shape)) for k, (name, shape) in zip(keys, wanted.items(), strict=True)}
+        owners = [
+            owner for owner, held in (("policy", of_policy), ("reward", of_reward)) if held.keys() >= wanted.keys()
+        ]
         save_file(tensors, folder / owners[0] / file, {"format": "pt"})
         for owner in owners[1:]:
             (folder / owner / file).symlink_to(folder.resolve() / owners[0] / file)
@@ -95,24 +99,11 @@ def write_models(folder: Path, config: DecoderConfig) -> None:
     for name, weight_map in weight_maps.items():
         index = {"metadata": {}, "weight_map": weight_map}
         (folder / name / "model.safetensors.index.json").write_text(json.dumps(index))
-    words = config.vocab_size - ADDED
-    prompts = np.random.default_rng(2).integers(words, size=(PROMPTS, PROMPT)).astype(np.int32)
-    with (folder / "prompts.jsonl").open("w") as file:
-        for row in prompts.tolist():
-            file.write(json.dumps({"prompt": " ".join(f"t{token}" for token in row)}) + "\n")
-    np.save(folder / "prompts.npy", prompts)
 
 
-def _tokenizer(vocabulary: int) -> Any:
-    """A word for each token."""
-    import tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {f"t{i}": i for i in range(vocabulary - ADDED)}
-    added = {"<eos>": vocabulary - 2, "<pad>": vocabulary - 1}
-    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(words | added, unk_token="t0"))
-    core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<pad>", padding_side="left")
+@functools.partial(jax.jit, static_argnums=1)
+def _draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jnp.ones(shape, jnp.bfloat16) if len(shape) == 1 else 0.02 * jax.random.normal(key, shape, jnp.bfloat16)
 
 
 def job(side: str, size: str, folder: Path) -> Path:
@@ -132,7 +123,12 @@ def job(side: str, size: str, folder: Path) -> Path:
         "rollout": {"batch_size": rows, "max_new_tokens": RESPONSE, "temperature": COMMON["temperature"]}
         | {"log_probs": "reuse"}
         | ({"cache": "int8"} if small else {}),
-        "rl": {"kl_coef": COMMON["kl_coef"], "epochs": TRL["epochs"], "minibatches": 1, "micro_batches": micro_batches},
+        "rl": {
+            "kl_coef": COMMON["kl_coef"],
+            "epochs": COMMON["epochs"],
+            "minibatches": 1,
+            "micro_batches": micro_batches,
+        },
         "optimizer": {"name": "adamw", "learning_rate": COMMON["learning_rate"]},
         "memory": {"remat": "full" if small else "products"},
         "training": {"iterations": 100, "eval_prompts": 4},

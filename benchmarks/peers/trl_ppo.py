@@ -14,14 +14,17 @@ from pathlib import Path
 import datasets
 import numpy as np
 import peft
-import tokenizers
 import torch
 import transformers
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
 from benchmarks.peers.protocol import Channel
+from benchmarks.peers.words import word_tokenizer
 
 PACKAGES = ("trl", "torch", "transformers", "peft", "accelerate")
+QUIET = {"num_sample_generations": 0, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+# What a side need not be told; where checkpointing is wanted, the models have it before the trainer sees them.
+DEFAULTS = {"device": "cpu", "dtype": "float32", "checkpointing": False, "rollout_rows": 64}
 
 
 class Gate(transformers.TrainerCallback):
@@ -100,26 +103,32 @@ def watch(gate: Gate, trainer: PPOTrainer) -> None:
     trainer.accelerator.accumulate = watched_accumulate
 
 
-def tokenizer(vocabulary: int) -> transformers.PreTrainedTokenizerFast:
-    """A word for each id; EOS and padding come after them."""
-    words = {f"t{i}": i for i in range(vocabulary)} | {"<eos>": vocabulary, "<pad>": vocabulary + 1}
-    model = tokenizers.models.WordLevel(words, unk_token="t0")
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizers.Tokenizer(model), eos_token="<eos>", pad_token="<pad>", padding_side="left"
-    )
+def adapt_critic(value: transformers.PreTrainedModel, lora: peft.LoraConfig) -> None:
+    """Adapters for a critic, whose head is trained whole; TRL itself gives them to the policy alone."""
+    peft.inject_adapter_in_model(lora, value)
+    value.score.requires_grad_(True)
+
+
+def run(channel: Channel, trainer: PPOTrainer) -> None:
+    """Says what the trainer is, and trains."""
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    device = "CPU" if trainer.args.use_cpu else torch.cuda.get_device_name()
+    channel.tell(versions=versions, trained=trained, device=device)
+    trainer.train()
 
 
 def main() -> None:
     """Steps until standard input ends."""
     channel = Channel()
-    settings, folder = channel.settings, Path(channel.settings["folder"])
+    settings, folder = DEFAULTS | channel.settings, Path(channel.settings["folder"])
     torch.set_num_threads(settings["threads"])
-    on_gpu = settings.get("device") == "cuda"
-    weights = {"dtype": settings.get("dtype", "float32"), "device_map": "cuda" if on_gpu else None}
+    on_gpu = settings["device"] == "cuda"
+    weights = {"dtype": settings["dtype"], "device_map": "cuda" if on_gpu else None}
     classifier = transformers.AutoModelForSequenceClassification.from_pretrained
     policy = transformers.AutoModelForCausalLM.from_pretrained(folder / "policy", **weights)
     value, reward = (classifier(folder / "reward", num_labels=1, **weights) for _ in range(2))
-    if settings.get("checkpointing"):
+    if settings["checkpointing"]:
         policy.gradient_checkpointing_enable()
         value.gradient_checkpointing_enable()
         value.enable_input_require_grads()
@@ -127,8 +136,7 @@ def main() -> None:
     if lora is not None:
         of_peft = {"r": lora["rank"], "lora_alpha": lora["alpha"], "target_modules": lora["targets"]}
         if settings["critic_lora"]:
-            peft.inject_adapter_in_model(peft.LoraConfig(**of_peft, exclude_modules=["score"]), value)
-            value.score.requires_grad_(True)
+            adapt_critic(value, peft.LoraConfig(**of_peft, exclude_modules=["score"]))
         lora = peft.LoraConfig(**of_peft, task_type="CAUSAL_LM")
     prompts = np.load(folder / "prompts.npy").tolist()
     rows = settings["rows"]
@@ -144,19 +152,16 @@ def main() -> None:
             num_ppo_epochs=settings["epochs"],
             per_device_train_batch_size=micro_rows,
             gradient_accumulation_steps=rows // micro_rows,
-            local_rollout_forward_batch_size=settings.get("rollout_rows", 64),
+            local_rollout_forward_batch_size=settings["rollout_rows"],
             response_length=settings["response"],
             total_episodes=rows * 1_000_000,
-            num_sample_generations=0,
             seed=settings["seed"],
             use_cpu=not on_gpu,
             bf16=on_gpu,
-            gradient_checkpointing=False,  # where it is wanted, the models have it already
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
+            gradient_checkpointing=False,
+            **QUIET,
         ),
-        processing_class=tokenizer(settings["vocabulary"]),
+        processing_class=word_tokenizer(settings["vocabulary"]),
         model=policy,
         ref_model=None,
         reward_model=reward,
@@ -166,11 +171,7 @@ def main() -> None:
         peft_config=lora,
     )
     watch(gate, trainer)
-    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
-    device = torch.cuda.get_device_name() if on_gpu else "CPU"
-    channel.tell(versions=versions, trained=trained, device=device)
-    trainer.train()
+    run(channel, trainer)
 
 
 if __name__ == "__main__":

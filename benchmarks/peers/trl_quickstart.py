@@ -1,6 +1,5 @@
 """TRL's PPOTrainer on the quickstart's task, as a worker of `benchmarks.time_to_reward`; see `trl_ppo`."""
 
-import importlib.metadata
 import json
 import tempfile
 import urllib.request
@@ -14,7 +13,7 @@ import transformers
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
 from benchmarks.peers.protocol import Channel
-from benchmarks.peers.trl_ppo import PACKAGES, Gate, watch
+from benchmarks.peers.trl_ppo import QUIET, Gate, adapt_critic, run, watch
 
 # Of a Llama; peft takes no "all-linear" where only some layers are adapted.
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -57,8 +56,7 @@ def main() -> None:
     layers = policy.config.num_hidden_layers
     adapted = list(range(layers - settings["layers"], layers))
     lora = settings["lora"] | {"target_modules": PROJECTIONS, "layers_to_transform": adapted}
-    peft.inject_adapter_in_model(peft.LoraConfig(**lora, exclude_modules=["score"]), value)
-    value.score.requires_grad_(True)
+    adapt_critic(value, peft.LoraConfig(**lora, exclude_modules=["score"]))
     judge = Judge(tokenizer, settings["url"])
     gate = Gate(channel)
     trainer = PPOTrainer(
@@ -70,13 +68,10 @@ def main() -> None:
             response_length=settings["response_length"],
             stop_token="eos",
             total_episodes=settings["rows"] * settings["iterations"],
-            num_sample_generations=0,
             use_cpu=not on_gpu,
             bf16=False,
             gradient_checkpointing=False,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
+            **QUIET,
             **settings["numbers"],
         ),
         processing_class=tokenizer,
@@ -96,10 +91,7 @@ def main() -> None:
         return watched(model, query_responses, pad_token_id, context_length)
 
     ppo_trainer.get_reward = with_context
-    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
-    channel.tell(versions=versions, trained=trained, device=torch.cuda.get_device_name() if on_gpu else "CPU")
-    trainer.train()
+    run(channel, trainer)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Implementation, Operation, hopper_kernel
-from pallas_kernels.flash_attention import mosaic_gpu, mosaic_gpu_vjp, reference, visibility
+from pallas_kernels.flash_attention import mosaic_gpu, mosaic_gpu_vjp, strips, visibility
+from pallas_kernels.flash_attention.reference import flash_attention_reference
 from pallas_kernels.numerics import padded
 
 
@@ -146,7 +147,7 @@ OPERATION = Operation(
     "flash_attention",
     {
         "mosaic_gpu": hopper_kernel(_mosaic, mosaic_gpu.reasons),
-        "strips": Implementation(reference.flash_attention_in_strips, reference.why_no_strips),
-        "xla": Implementation(reference.flash_attention_reference),
+        "strips": Implementation(strips.flash_attention_in_strips, strips.reasons),
+        "xla": Implementation(flash_attention_reference),
     },
 )

@@ -8,48 +8,21 @@ from jax.ad_checkpoint import checkpoint_name
 def flash_attention_reference(q, k, v, segments, kv_segments, window, causal, scale, soft_cap):
     """`(out [B, S, N, H], lse [B, N, S])`; softmax in float32, queries that see no key get 0 and -inf."""
     seen = visible(q.shape[1], k.shape[1], segments, kv_segments, window, causal)
-    scores = checkpoint_name(_scores(q, k, scale), "attention_scores")
-    out, lse = _mixed(scores, v, seen, soft_cap)
+    scores = checkpoint_name(scores_of(q, k, scale), "attention_scores")
+    out, lse = mixed(scores, v, seen, soft_cap)
     return checkpoint_name(out, "attention_out"), lse
 
 
-STRIPS = 4  # of queries
-
-
-def flash_attention_in_strips(q, k, v, segments, kv_segments, window, causal, scale, soft_cap):
-    """The same; a strip of queries leaves out the keys that come after all of it, or that its window is past."""
-    S = q.shape[1]
-    size = -(-S // (16 * STRIPS)) * 16
-    parts = []
-    for start in range(0, S, size):
-        stop = min(start + size, S)
-        first = max(start - window + 1, 0) if isinstance(window, int) else 0
-        queries, keys = slice(start, stop), slice(first, stop)
-        own = None if segments is None else segments[:, queries]
-        others = None if kv_segments is None else kv_segments[:, keys]
-        seen = visible(stop - start, stop - first, own, others, window, causal, start - first)
-        parts.append(_mixed(_scores(q[:, queries], k[:, keys], scale), v[:, keys], seen, soft_cap))
-    out, lse = (jnp.concatenate(part, axis) for part, axis in zip(zip(*parts, strict=True), (1, 2), strict=True))
-    return checkpoint_name(out, "attention_out"), lse
-
-
-def why_no_strips(q, k, v, segments, kv_segments, window, causal, scale, soft_cap) -> list[str]:
-    """Reasons against strips: they would leave nothing out, or too little."""
-    S, C = q.shape[1], k.shape[1]
-    reasons = [] if causal else ["a query may see every key"]
-    reasons += [] if S == C else [f"{S} queries and {C} keys"]
-    return reasons + ([] if S >= 32 * STRIPS else [f"{S} queries are fewer than {32 * STRIPS}"])
-
-
-def _scores(q, k, scale):
+def scores_of(q, k, scale):
+    """Scaled products `[B, K, N // K, S, C]`, float32."""
     B, S, N, H = q.shape
     K = k.shape[2]
     grouped = q.reshape(B, S, K, N // K, H)
     return jnp.einsum("bskgh,bckh->bkgsc", grouped, k, preferred_element_type=jnp.float32) * scale
 
 
-def _mixed(scores, v, seen, soft_cap):
-    """Values by the softmax of the scores `[B, K, N // K, S, C]` that are seen, and its logarithm."""
+def mixed(scores, v, seen, soft_cap):
+    """`(out, lse)` of scores, of which those that are not `seen`, bool [B or 1, S, C], count nothing."""
     B, K, G, S, _ = scores.shape
     if soft_cap is not None:
         scores = jnp.tanh(scores / soft_cap) * soft_cap

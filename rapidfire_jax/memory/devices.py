@@ -16,7 +16,7 @@ from pallas_kernels import hopper
 from rapidfire_jax.errors import InputError
 
 GIB = 2**30
-OF_RATE, OF_BANDWIDTH, A_LAUNCH = 0.6, 0.9, 3e-6  # measured by `benchmarks.one_gpu`
+OF_RATE, OF_BANDWIDTH, A_LAUNCH = 0.6, 0.9, 3e-6  # fitted to the runs of `benchmarks.one_gpu` at 8 B
 _PCIE_4, _PCIE_5 = 31.5e9, 63e9  # 16 lanes, one direction
 _HOPPER = hopper.BF16_RATE, hopper.BF16_RATE / 2, _PCIE_5, hopper.CORES
 
@@ -55,7 +55,7 @@ class Device:
     def expected_seconds(self, flops: float, nbytes: float, products: float, dtype: DTypeLike) -> float:
         """What a program of this work and so many matrix products and kernels takes, one after the other.
 
-        At the shares of the peaks that whole programs of training and decoding reach on an H100.
+        At shares of the peaks that fit whole programs of training and decoding on an H100; elsewhere untried.
         """
         launches = 0.0 if self.platform == "cpu" else products * A_LAUNCH
         return flops / (OF_RATE * self.rate(dtype)) + nbytes / (OF_BANDWIDTH * self.bandwidth) + launches

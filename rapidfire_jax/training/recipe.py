@@ -76,16 +76,11 @@ def compile_programs(
             config=config,
         )
 
-    sample = grouped = Program("rollout", functools.partial(rollout, sampling), options=options)
+    groups = one_each = Program("rollout", functools.partial(rollout, sampling), options=options)
     if sampling.samples_per_prompt > 1:
-        one_each = dataclasses.replace(sampling, samples_per_prompt=1)
-        sample = Program("sample", functools.partial(rollout, one_each), options=options)
-    return Programs(
-        grouped,
-        sample,
-        Program("reference", reference),
-        Program("learn", learn, donate=(0,)),
-    )
+        single = dataclasses.replace(sampling, samples_per_prompt=1)
+        one_each = Program("sample", functools.partial(rollout, single), options=options)
+    return Programs(groups, one_each, Program("reference", reference), Program("learn", learn, donate=(0,)))
 
 
 @dataclasses.dataclass(frozen=True)
