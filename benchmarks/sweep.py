@@ -4,9 +4,9 @@
 
 The model, reward model and settings of `benchmarks.end_to_end`'s `tiny` (every weight trained, prompts of 32 tokens):
 batches of 1 to 128 with responses of 32 tokens, and responses of 32 to 1024 tokens in batches of 16. Work is the FLOPs
-of all matrix products of the iteration, counted in what was traced, loops as often as they go round; decoding counts
-the whole cache. "time / work" compares with the first row of its kind: above 1, time has grown faster than work. Times
-are medians of several iterations after the first.
+of all matrix products of the iteration as the plain implementations trace it, loops as often as they go round; scores
+that causality hides and slots of the cache that are still empty count. "time / work" compares with the first row of its
+kind: above 1, time has grown faster than work. Times are medians of several iterations after the first.
 """
 
 import dataclasses

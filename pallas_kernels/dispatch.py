@@ -9,6 +9,8 @@ import contextvars
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import jax
+
 from pallas_kernels import hopper, launch
 
 
@@ -38,17 +40,12 @@ def record() -> Iterator[list[Choice]]:
         _record.reset(token)
 
 
-_preferred: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("preferred", default=())
+_preferred = jax.make_user_context(())  # what was traced with other preferences is traced again
 
 
-@contextlib.contextmanager
-def prefer(*implementations: str) -> Iterator[None]:
+def prefer(*implementations: str) -> contextlib.AbstractContextManager[None]:
     """Calls traced in the block that name no implementation take the first of these that the operation has."""
-    token = _preferred.set(implementations)
-    try:
-        yield
-    finally:
-        _preferred.reset(token)
+    return _preferred(implementations)
 
 
 class Implementation(NamedTuple):
@@ -80,7 +77,7 @@ class Operation(NamedTuple):
             accepted = ", ".join(map(repr, self.implementations))
             raise ValueError(f"{self.name}: implementation={implementation!r}; accepted: {accepted}, None")
         if implementation is None:
-            implementation = next((name for name in _preferred.get() if name in self.implementations), None)
+            implementation = next((name for name in _preferred.value if name in self.implementations), None)
         args, kwargs = launch.vary((args, kwargs), launch.varying_axes(args, kwargs))
         against: dict[str, list[str]] = {}
         for name in self.implementations if implementation is None else [implementation]:

@@ -25,7 +25,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 @pytest.fixture(autouse=True, scope="module")
 def programs_of_one_module():
-    """A process drops what a module compiled: of Linux's 65,530 mappings a program keeps 20, and XLA crashes without."""
+    """Drops what a module compiled: a program keeps 20 of the 65,530 mappings of a process, and XLA crashes without."""
     yield
     jax.clear_caches()
 

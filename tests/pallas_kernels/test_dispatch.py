@@ -1,8 +1,9 @@
 """Which implementation runs, and what is said where none can."""
 
+import jax
 import pytest
 
-from pallas_kernels.dispatch import Choice, Implementation, Operation, record
+from pallas_kernels.dispatch import Choice, Implementation, Operation, prefer, record
 
 OPERATION = Operation(
     "double",
@@ -34,3 +35,14 @@ def test_choices_are_recorded():
         OPERATION(None, 3)
     OPERATION(None, 5)
     assert choices == [Choice("double", "fast", {}), Choice("double", "plain", {"fast": ["odd number"]})]
+
+
+def test_a_jitted_function_is_traced_again_where_others_are_preferred():
+    jitted = jax.jit(lambda x: OPERATION(None, 2)[1] * x)
+    for preferred, ran in ((), "fast"), (("plain",), "plain"), (("chunked",), "fast"):
+        with record() as choices, prefer(*preferred):
+            jitted.trace(1.0)
+        assert [choice.implementation for choice in choices] == [ran]
+    with record() as choices:
+        jitted.trace(1.0)
+    assert not choices
