@@ -4,12 +4,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import hopper
+
 
 def decode_attention_reference(q, keys, values, starts, ends, key_scales, value_scales, scale, soft_cap):
     """`[B, N, H]` in the dtype of `q`; softmax in float32."""
     B, N, H = q.shape
     _, K, C, _ = keys.shape
     grouped = q.reshape(B, K, N // K, H)
+    if N == K and q.dtype.itemsize == 2 and hopper.device_kind() == "cpu":
+        grouped = jnp.repeat(grouped, 2, axis=2)  # its library has 16-bit products of two rows and more
     scores = jnp.einsum("bkgh,bkch->bkgc", grouped, keys.astype(q.dtype), preferred_element_type=jnp.float32)
     scores *= scale
     if key_scales is not None:
@@ -22,8 +26,8 @@ def decode_attention_reference(q, keys, values, starts, ends, key_scales, value_
     weights = jax.nn.softmax(scores, axis=-1)
     if value_scales is not None:
         weights *= _by_head(value_scales, weights.shape)
-    out = jnp.einsum("bkgc,bkch->bkgh", weights.astype(q.dtype), values.astype(q.dtype)).reshape(B, N, H)
-    return jnp.where(visible.any(axis=1)[:, None, None], out, jnp.zeros((), q.dtype))
+    out = jnp.einsum("bkgc,bkch->bkgh", weights.astype(q.dtype), values.astype(q.dtype))[:, :, : N // K]
+    return jnp.where(visible.any(axis=1)[:, None, None], out.reshape(B, N, H), jnp.zeros((), q.dtype))
 
 
 def _by_head(scales, shape):

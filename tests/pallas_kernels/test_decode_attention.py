@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels import decode_attention, hopper, quantize_cache
 from tests.helpers.agreement import assert_agrees, assert_close, normal
-from tests.helpers.tolerances import F32, KERNEL
+from tests.helpers.tolerances import KERNEL
 
 # rows, slots, query heads, key/value heads, width
 SHAPES = [
@@ -107,9 +107,10 @@ def test_no_gradient_flows_whichever_implementation_runs():
 
 @pytest.mark.parametrize("soft_cap", [None, 5.0])
 @pytest.mark.parametrize("quantised", [False, True])
-def test_reference_agrees_with_numpy(quantised, soft_cap):
-    B, _, N, K, H = shape = (3, 17, 6, 2, 8)
-    (q, keys, values), scales = operands(shape, "float32", quantised)
+@pytest.mark.parametrize(("dtype", "heads"), [("float32", 2), ("bfloat16", 2), ("bfloat16", 6)])
+def test_reference_agrees_with_numpy(dtype, heads, quantised, soft_cap):
+    B, _, N, K, H = shape = (3, 17, 6, heads, 8)
+    (q, keys, values), scales = operands(shape, dtype, quantised)
     starts, ends = np.array([0, 4, 17]), np.array([17, 5, 17])
     found = call(q, keys, values, jnp.asarray(starts), jnp.asarray(ends), *scales, soft_cap=soft_cap, scale=0.7)
     q, keys, values, *scales = (np.asarray(x, np.float64) for x in (q, keys, values, *scales))
@@ -123,7 +124,7 @@ def test_reference_agrees_with_numpy(quantised, soft_cap):
             scores = scores if soft_cap is None else soft_cap * np.tanh(scores / soft_cap)
             weights = np.exp(scores - scores.max())
             wanted[b, n] = weights / weights.sum() @ values[b, n // (N // K), seen]
-    np.testing.assert_allclose(found, wanted, **F32)
+    assert_close(found, wanted, 1e-6 if dtype == "float32" else KERNEL["decode_attention"][dtype])
 
 
 def test_quantised_numbers_are_off_by_at_most_half_a_scale():

@@ -1,5 +1,7 @@
 """The decode loop against repeated full forward passes."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,8 @@ import pytest
 from flax import nnx
 
 from rapidfire_jax import SamplingConfig, generate
+from rapidfire_jax.models.config import DecoderConfig
+from rapidfire_jax.models.heads import CausalLM
 from tests.helpers.compilations import compilations
 from tests.helpers.tiny import TINY, padded_batch, tiny_model
 from tests.helpers.tolerances import F32_LONG
@@ -29,6 +33,20 @@ def test_greedy_equals_argmax_of_full_forwards(tied):
         mask[:, end] = True
     np.testing.assert_array_equal(out.tokens, tokens)
     assert out.mask_t.all() and not out.ended.any()
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_16_bit_weights_are_multiplied_as_they_are(parallel):
+    """Not one kernel in float32 in the whole program, whose copy would be read in its place."""
+    D, F = 64, 160
+    config = DecoderConfig(96, D, F, 3, 4, 2, 16, 32, parallel=parallel)
+    model = CausalLM(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    tokens, mask = padded_batch([2, 5, 6], 6)
+    program = jax.jit(partial(generate, config=SamplingConfig(4, ())))
+    text = program.lower(model, tokens, mask, jax.random.key(0)).compile().as_text()
+    for kernel in ((F, D), (D, F), (D, D), (D // 2, D), (D, D // 2), (96, D)):
+        assert f"f32[{kernel[0]},{kernel[1]}]" not in text
+    assert f"bf16[{F},{D}]" in text
 
 
 @pytest.mark.parametrize("decode_batch_size", [None, 2])
