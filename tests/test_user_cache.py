@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+# Its function takes about a second to compile: programs of less than a tenth are not kept.
 PROGRAM = """
 import jax, jax.numpy as jnp
 from rapidfire_jax.user_cache import keep_compiled_programs
@@ -15,7 +16,12 @@ jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if 
 keep_compiled_programs()
 x = jnp.ones((64, 64))
 hits.clear()
-jax.jit(lambda x: jax.lax.fori_loop(0, 3, lambda i, y: jnp.linalg.svd(y @ x + jnp.sin(y))[0] * 2, x))(x)
+def many(x):
+    y = x
+    for i in range(120):
+        y = jnp.sort(jnp.sin(y @ x + i), axis=i % 2)
+    return y
+jax.jit(many)(x)
 print(len(hits))
 """
 
