@@ -12,8 +12,8 @@ def decode_attention_reference(q, keys, values, starts, ends, key_scales, value_
     B, N, H = q.shape
     _, K, C, _ = keys.shape
     grouped = q.reshape(B, K, N // K, H)
-    if N == K and q.dtype.itemsize == 2 and hopper.device_kind() == "cpu":
-        grouped = jnp.repeat(grouped, 2, axis=2)  # its library has 16-bit products of two rows and more
+    if N == K and q.dtype == jnp.bfloat16 and hopper.device_kind() == "cpu":
+        grouped = jnp.repeat(grouped, 2, axis=2)  # a single row XLA would multiply with a float32 copy of the cache
     scores = jnp.einsum("bkgh,bkch->bkgc", grouped, keys.astype(q.dtype), preferred_element_type=jnp.float32)
     scores *= scale
     if key_scales is not None:

@@ -35,18 +35,18 @@ def test_greedy_equals_argmax_of_full_forwards(tied):
     assert out.mask_t.all() and not out.ended.any()
 
 
-@pytest.mark.parametrize("parallel", [False, True])
-def test_16_bit_weights_are_multiplied_as_they_are(parallel):
-    """Not one kernel in float32 in the whole program, whose copy would be read in its place."""
-    D, F = 64, 160
-    config = DecoderConfig(96, D, F, 3, 4, 2, 16, 32, parallel=parallel)
-    model = CausalLM(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_16_bit_weights_and_caches_are_multiplied_as_they_are(kv_heads):
+    """Not one of them in float32 in the whole program, whose copy would be read in its place."""
+    D, F, V, H = 64, 160, 96, 16
+    model = CausalLM(DecoderConfig(V, D, F, 3, D // H, kv_heads, H, 32), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     tokens, mask = padded_batch([2, 5, 6], 6)
-    program = jax.jit(partial(generate, config=SamplingConfig(4, ())))
+    program = jax.jit(partial(generate, config=SamplingConfig(10, ())))
     text = program.lower(model, tokens, mask, jax.random.key(0)).compile().as_text()
-    for kernel in ((F, D), (D, F), (D, D), (D // 2, D), (D, D // 2), (96, D)):
-        assert f"f32[{kernel[0]},{kernel[1]}]" not in text
-    assert f"bf16[{F},{D}]" in text
+    narrow, cache = kv_heads * H, f"[3,{kv_heads},16,{H}]"
+    shapes = [f"[{m},{n}]" for m, n in ((F, D), (D, F), (D, D), (narrow, D), (D, narrow), (V, D))]
+    assert not [shape for shape in (*shapes, cache) if f"f32{shape}" in text]
+    assert f"bf16[{F},{D}]" in text and f"bf16{cache}" in text
 
 
 @pytest.mark.parametrize("decode_batch_size", [None, 2])
