@@ -2,7 +2,8 @@
 
 The gradient of a function that keeps nothing of its layers (`models.remat.FULL`) goes back through them in a loop: its
 body is one layer's forward pass and its derivative. What depends on a cotangent is the derivative; the rest is run
-again only because it was not kept. So the program says for every set of kept activations which equations are left to
+again only because it was not kept. The last layer, of which less may be wanted, stands before the loop and is counted
+as another turn of it. So the program says for every set of kept activations which equations are left to
 run, whatever the model. Nothing here knows of any.
 
 Seconds are those of a roofline. A product, or a kernel, takes the longer of its FLOPs and of reading its operands and
@@ -63,20 +64,25 @@ def layer_costs(gradient: ClosedJaxpr, device: Device) -> LayerCosts:
     Raises:
       ValueError: no layers are computed again in this program.
     """
-    found = [_loop_costs(loop, device) for loop in _backward_loops(gradient.jaxpr)]
+    found = list(_backward_passes(gradient.jaxpr))
     if not found:
         raise ValueError("no layers are computed again in this program")
-    return functools.reduce(LayerCosts.__add__, found)
+    loops = [eqn for eqn in found if eqn.primitive.name == "scan"]
+    costs = functools.reduce(LayerCosts.__add__, (_costs(eqn, device) for eqn in loops or found))
+    alone = len(found) // len(loops) - 1 if loops else 0
+    return dataclasses.replace(costs, layers=costs.layers + alone)
 
 
-def _backward_loops(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
+def _backward_passes(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
+    """Loops over layers, and layers that stand alone."""
     for eqn in jaxpr.eqns:
         parts = inner(eqn)
-        if eqn.primitive.name == "scan" and any(again.params.get("differentiated") for again in parts[0].eqns):
+        loop = eqn.params.get("reverse") and any(again.params.get("differentiated") for again in parts[0].eqns)
+        if loop or eqn.params.get("differentiated"):
             yield eqn
         else:
             for part in parts:
-                yield from _backward_loops(part)
+                yield from _backward_passes(part)
 
 
 # FLOPs of an equation
@@ -117,15 +123,19 @@ def _aval(var: Any) -> Any:
     return var.aval
 
 
-# The body of a loop as operations on numbered values
+# One layer as operations on numbered values
 
 
 class _Body(Inlined):
-    """What the body of a loop computes."""
+    """What the body of a loop computes, or a layer that stands alone: its cotangent is its last operand."""
 
     def __init__(self, loop: JaxprEqn):
         (jaxpr,) = inner(loop)
         super().__init__(jaxpr)
+        if loop.primitive.name != "scan":
+            *self.sliced, cotangent = self.inputs
+            self.carried = [cotangent]
+            return
         cut = [_differ(*pair) for pair in zip(loop.invars, jaxpr.invars, strict=True)]
         carried = len(jaxpr.outvars) - sum(map(_differ, loop.outvars, jaxpr.outvars))
         first = len(cut) - sum(cut)  # that is cut into slices; before it stand what is carried, and constants
@@ -153,7 +163,7 @@ def _is_product(op: Op) -> bool:
     return op.name in OPAQUE or op.name == "dot_general"
 
 
-def _loop_costs(loop: JaxprEqn, device: Device) -> LayerCosts:
+def _costs(loop: JaxprEqn, device: Device) -> LayerCosts:
     body = _Body(loop)
     of_cotangents = body.depending(body.carried)
     derivative = [op for op in body.ops if of_cotangents.intersection(op.inputs)]
@@ -177,7 +187,8 @@ def _loop_costs(loop: JaxprEqn, device: Device) -> LayerCosts:
     pairs = zip(loop.outvars, inner(loop)[0].outvars, strict=True)
     gradients = [_aval(outer) for outer, inner in pairs if _differ(outer, inner)]
     trained = sum(aval.size * aval.dtype.itemsize for aval in gradients)
-    return LayerCosts(loop.params["length"], names, nbytes, flops, seconds, everything, trained, device)
+    layers = loop.params.get("length", 1)
+    return LayerCosts(layers, names, nbytes, flops, seconds, everything, trained, device)
 
 
 def _alike(a: Any, b: Any) -> bool:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels import hopper
 from rapidfire_jax.errors import InputError
 from rapidfire_jax.models.config import DecoderConfig
-from rapidfire_jax.models.layers import Block, LayerCache, Linear, Slots, View, make_norm
+from rapidfire_jax.models.layers import Block, LayerCache, Linear, Slots, View, Wanted, make_norm
 from rapidfire_jax.models.quantization import is_quantized, outputs_first, rows_of
 from rapidfire_jax.models.remat import Group, Remat, checkpointed
 from rapidfire_jax.models.rope import rotations
@@ -65,7 +65,8 @@ class Decoder(nnx.Module):
     """Token ids -> hidden states. Heads stand on it: `CausalLM`, `RewardModel`.
 
     Args of every forward: `tokens [B, S]` int32; `mask [B, S]`, see above, by default all real; `positions [B, S]`
-    int32, by default counted over the real tokens of a sequence.
+    int32, by default counted over the real tokens of a sequence. With `at`, a slice of all rows or indices `[B, T]`,
+    hidden states of these alone are returned, and of the others the last layer computes nothing but keys and values.
     """
 
     def __init__(
@@ -126,10 +127,18 @@ class Decoder(nnx.Module):
         mask: Mask | None = None,
         positions: Int[Array, "B S"] | None = None,
         *,
+        at: Wanted | None = None,
         remat: Remat | None = None,
-    ) -> Float[Array, "B S D"]:
-        """Hidden states after the final norm; `remat` says what the backward pass computes again of the last stack."""
-        return self.upper(self.lower(tokens, mask, positions), mask, positions, remat=remat)
+    ) -> Float[Array, "B T D"]:
+        """Hidden states after the final norm.
+
+        `remat` says what the backward pass computes again of the layers that are trained: those with adapters, or all.
+        """
+        cut, _ = self.numbered_stacks()[-1]
+        below = None
+        if remat is not None and not self.has_adapters:
+            below, remat = remat.part(0, cut), remat.part(cut, self.config.num_layers)
+        return self.upper(self.lower(tokens, mask, positions, remat=below), mask, positions, at=at, remat=remat)
 
     def hidden_states(
         self, tokens: Int[Array, "B S"], mask: Mask | None = None, positions: Int[Array, "B S"] | None = None
@@ -140,17 +149,22 @@ class Decoder(nnx.Module):
         states = [x[None]]
         for first, stack in self.numbered_stacks():
             x, after = self._scan(first, stack, x, mask, positions, keep=lambda x, pair: x)
-            states.append(after)
+            states.extend(after)
         return jnp.concatenate([*states[:-1], states[-1][:-1], self.norm(x)[None]])
 
     def lower(
-        self, tokens: Int[Array, "B S"], mask: Mask | None = None, positions: Int[Array, "B S"] | None = None
+        self,
+        tokens: Int[Array, "B S"],
+        mask: Mask | None = None,
+        positions: Int[Array, "B S"] | None = None,
+        *,
+        remat: Remat | None = None,
     ) -> Float[Array, "B S D"]:
         """Residual stream below the last stack: the embedding, and the lower layers after `split_blocks`."""
         mask, positions = _complete(tokens, mask, positions)
         x = self._embed(tokens, positions)
         for first, stack in self.numbered_stacks()[:-1]:
-            x, _ = self._scan(first, stack, x, mask, positions)
+            x, _ = self._scan(first, stack, x, mask, positions, remat=remat)
         return x
 
     def upper(
@@ -159,16 +173,23 @@ class Decoder(nnx.Module):
         mask: Mask | None = None,
         positions: Int[Array, "B S"] | None = None,
         *,
+        at: Wanted | None = None,
         remat: Remat | None = None,
-    ) -> Float[Array, "B S D"]:
+    ) -> Float[Array, "B T D"]:
         """From the residual stream of `lower` to the hidden states after the final norm."""
         mask, positions = _complete(x[..., 0], mask, positions)
         first, stack = self.numbered_stacks()[-1]
-        return self.norm(self._scan(first, stack, x, mask, positions, remat=remat)[0])
+        return self.norm(self._scan(first, stack, x, mask, positions, at=at, remat=remat)[0])
 
     def prefill(
-        self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"], slots: int, *, int8: bool = False
-    ) -> tuple[Float[Array, "B S D"], KVCache]:
+        self,
+        tokens: Int[Array, "B S"],
+        mask: Bool[Array, "B S"],
+        slots: int,
+        *,
+        at: Wanted | None = None,
+        int8: bool = False,
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
         """Like `hidden` for left-padded tokens, and a cache of `slots` >= S places a row with these in the first S.
 
         The kernel that reads it wants a multiple of 8, which it is rounded up to. With `int8` the cache holds 8-bit
@@ -179,9 +200,11 @@ class Decoder(nnx.Module):
         layers: list[LayerCache] = []
         x = self._embed(tokens, positions)
         for first, stack in self.numbered_stacks():
-            x, kept = self._scan(first, stack, x, mask, positions, keep=partial(_kept, int8=int8))
-            for i in range(stack_size(stack)):
-                layers.append(jax.tree.map(lambda s, i=i: _with_room(s[i], room), kept))
+            of_stack = at if stack is self.stacks[-1] else None
+            x, kept = self._scan(first, stack, x, mask, positions, at=of_stack, keep=partial(_kept, int8=int8))
+            for part in kept:
+                for i in range(len(part.keys)):
+                    layers.append(jax.tree.map(lambda s, i=i: _with_room(s[i], room), part))
         ends = jnp.full((tokens.shape[0],), tokens.shape[1], jnp.int32)
         starts = ends - mask.sum(axis=1, dtype=jnp.int32)
         return self.norm(x), KVCache(tuple(layers), starts, ends)
@@ -231,6 +254,12 @@ class Decoder(nnx.Module):
             x += self.position_embedding[...].at[positions].get(mode="fill", fill_value=jnp.nan).astype(x.dtype)
         return x
 
+    @property
+    def has_adapters(self) -> bool:
+        """Whether `add_lora` has been called."""
+        linears = (part for _, part in nnx.iter_graph(self.stacks[-1]) if isinstance(part, Linear))
+        return any(linear.lora_scale is not None for linear in linears)
+
     def numbered_stacks(self) -> list[tuple[int, Block]]:
         """Number of the first layer of each stack, and the stack."""
         return list(zip((0, stack_size(self.blocks)), self.stacks, strict=False))
@@ -242,12 +271,19 @@ class Decoder(nnx.Module):
         local = rotation if config.local_rope is None else rotations(config.local_rope, positions, config.head_dim)
         return View(rotation, None), View(local, config.sliding_window)
 
-    def _scan(self, first: int, stack: Block, x, mask, positions, *, remat: Remat | None = None, keep=None):
-        """Runs a stack over the residual stream; returns it and what `keep(x, (keys, values))` takes of each layer."""
+    def _scan(self, first: int, stack: Block, x, mask, positions, *, at=None, remat: Remat | None = None, keep=None):
+        """Runs a stack over the residual stream; returns it and what `keep(x, (keys, values))` takes of each layer.
+
+        The latter is a list of parts, whose arrays are stacked; of a stack with `at`, the last layer is one of its own.
+        """
         segments = mask.astype(jnp.int32)
         views = self._views(positions)
         is_local = [i in self.config.local_layers for i in range(first, first + stack_size(stack))]
         graphdef, layers = nnx.split(stack)
+
+        def run(x, weights, view, at=None):
+            x, pair = nnx.merge(graphdef, weights)(x, view, segments, at=at)
+            return x, None if keep is None else keep(x, pair)
 
         def step(x, layer):
             weights, local = layer
@@ -256,27 +292,33 @@ class Decoder(nnx.Module):
             else:
                 everything = views[0]._replace(window=x.shape[1])
                 view = jax.tree.map(lambda far, near: jnp.where(local, near, far), everything, views[1])
-            x, pair = nnx.merge(graphdef, weights)(x, view, segments)
-            return x, None if keep is None else keep(x, pair)
+            return run(x, weights, view)
 
-        xs = layers, jnp.array(is_local)
-        if remat is None:
-            return jax.lax.scan(step, x, xs)
-        spans = remat.spans(len(is_local))
-        if len(spans) == 1:
-            return jax.lax.scan(checkpointed(step, spans[0][2], len(is_local)), x, xs)
-        assert keep is None
+        size, kept = len(is_local), []
+        spans = [(0, size, None)] if remat is None else remat.spans(size)
+        *_, (start, stop, group) = spans
+        alone = at is not None or size == 1
+        if alone:
+            spans[-1] = (start, stop - 1, group)
         for start, stop, group in spans:
-            x = _scan_part(step, group, x, xs, start, stop)
-        return x, None
+            if start < stop:
+                x, part = _scan_part(step, group, x, (layers, jnp.array(is_local)), start, stop)
+                kept.append(part)
+        if alone:
+            last = checkpointed(partial(run, view=views[is_local[-1]], at=at), group, 1)
+            x, part = last(x, jax.tree.map(lambda w: w[-1], layers))
+            kept.append(jax.tree.map(lambda of_layer: of_layer[None], part))
+        return x, kept
 
 
-def _scan_part(step, group: Group, x, xs, start: int, stop: int):
+def _scan_part(step, group: Group | None, x, xs, start: int, stop: int):
     """Scans over some layers of a stack. Beside adapters, weights are not cut, which would copy them, but indexed."""
+    if stop - start == len(xs[1]):
+        return jax.lax.scan(checkpointed(step, group, stop - start), x, xs)
     adapters, frozen = nnx.split_state(xs[0], nnx.LoRAParam, ...)
     cut = lambda tree: jax.tree.map(lambda w: w[start:stop], tree)  # noqa: E731
-    if not jax.tree.leaves(adapters):  # all weights are trained: their gradients would be added up layer by layer
-        return jax.lax.scan(checkpointed(step, group, stop - start), x, cut(xs))[0]
+    if group is not None and not jax.tree.leaves(adapters):  # trained weights: gradients would be added layer by layer
+        return jax.lax.scan(checkpointed(step, group, stop - start), x, cut(xs))
 
     def indexed(x, layer):
         i, adapters, local = layer
@@ -284,7 +326,7 @@ def _scan_part(step, group: Group, x, xs, start: int, stop: int):
         return step(x, (nnx.merge_state(adapters, weights), local))
 
     own = jnp.arange(start, stop), cut(adapters), cut(xs[1])
-    return jax.lax.scan(checkpointed(indexed, group, stop - start), x, own)[0]
+    return jax.lax.scan(checkpointed(indexed, group, stop - start), x, own)
 
 
 @partial(jax.jit, static_argnums=0)

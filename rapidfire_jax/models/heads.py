@@ -118,10 +118,9 @@ class RewardModel(Decoder):
         remat: Remat | None = None,
     ) -> Float[Array, " B"]:
         """Reward of each row, float32: the head at the row's last real token, wherever padding stands."""
-        hidden = self.hidden(tokens, mask, positions, remat=remat)
         real = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
         last = tokens.shape[1] - 1 - jnp.argmax(real[:, ::-1], axis=1)
-        return self.value(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
+        return self.value(self.hidden(tokens, mask, positions, at=last[:, None], remat=remat)[:, 0])
 
 
 def _new_score(key: Array, width: int, dtype: DTypeLike) -> Float[Array, " D"]:

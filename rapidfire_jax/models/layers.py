@@ -35,6 +35,16 @@ ACTIVATION: dict[str, Callable[[Array], Array]] = {
 }
 
 
+type Wanted = slice | Int[Array, "B T"]  # positions whose hidden states somebody reads: one span of all rows, or each's
+
+
+def take(x: Float[Array, "B S D"], at: Wanted | None) -> Float[Array, "B T D"]:
+    """`x` at the positions that are wanted; None: at all."""
+    if at is None:
+        return x
+    return x[:, at] if isinstance(at, slice) else jnp.take_along_axis(x, at[:, :, None], axis=1)
+
+
 class View(NamedTuple):
     """What the layers of one kind, local or global, see."""
 
@@ -192,14 +202,22 @@ class Block(nnx.Module):
         self.down_proj = linear(F, D, bias=config.mlp_bias)
         self.mlp_post_norm = norm() if config.post_norms else None
 
-    def __call__(self, x, view: View, segments: Int[Array, "B S"] | None = None, slots: Slots | None = None):
-        """Returns the new residual stream and this layer's keys and values.
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        view: View,
+        segments: Int[Array, "B S"] | None = None,
+        slots: Slots | None = None,
+        at: Wanted | None = None,
+    ):
+        """Returns the new residual stream, with `at` of these positions alone, and this layer's keys and values.
 
         Either `segments` say which tokens of `x` see each other, or `x` is one token a row that is added to `slots`;
         then the cache with it takes the place of keys and values.
         """
         normed = checkpoint_name(self.attention_norm(x), "attention_norm")
-        attended, pair = self._attention(normed, view, segments, slots)
+        attended, pair = self._attention(normed, view, segments, slots, at)
+        x = take(x, at)
         if self.attention_post_norm is not None:
             attended = self.attention_post_norm(checkpoint_name(attended, "attention_update"))
         if self.config.parallel:
@@ -210,7 +228,7 @@ class Block(nnx.Module):
             update = self.mlp_post_norm(checkpoint_name(update, "mlp_update"))
         return x + update, pair
 
-    def _attention(self, x, view: View, segments, slots: Slots | None):
+    def _attention(self, x, view: View, segments, slots: Slots | None, at: Wanted | None):
         B, S, _ = x.shape
         q, k, v = (proj(x).reshape(B, S, -1, self.config.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
         v = checkpoint_name(v, "value")
@@ -231,7 +249,7 @@ class Block(nnx.Module):
                 starts = jnp.maximum(starts, ends - view.window)
             cached = {"key_scales": seen.key_scales, "value_scales": seen.value_scales, "starts": starts}
             mixed = decode_attention(q[:, 0], seen.keys, seen.values, ends, scale=scale, soft_cap=soft_cap, **cached)
-        return self.o_proj(mixed.reshape(B, S, -1)), seen
+        return self.o_proj(take(mixed.reshape(B, S, -1), at)), seen
 
     def _mlp(self, x):
         act = ACTIVATION[self.config.activation]

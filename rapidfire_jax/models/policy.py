@@ -168,7 +168,9 @@ def split_parameters(
     """
     if lora is None and is_quantized(nnx.state(model)):
         raise InputError("quantised weights are frozen; train adapters (adapter.type: lora), or load 16 bits")
-    if lora is not None and lora.get("layers") is not None:
+    if lora is None:
+        model.split_blocks(1)  # what the last layer is asked for is less: cut out of a stack, its weights would be copied
+    elif lora.get("layers") is not None:
         if isinstance(model, RewardModel):
             lora = lora | {"layers": min(lora["layers"], model.config.num_layers)}
         model.split_blocks(lora["layers"])
@@ -191,8 +193,10 @@ def _around_response(
 ) -> Float[Array, "B T+1 D"]:
     """Hidden states from which the response tokens were predicted, one position earlier, and that of the last one."""
     tokens, mask, _ = inputs
-    x = model.lower(tokens, mask) if lower is None else lower
-    return model.upper(x, mask, remat=remat)[:, -response_length - 1 :]
+    at = slice(-response_length - 1, None) if response_length + 1 < tokens.shape[1] else None
+    if lower is None:
+        return model.hidden(tokens, mask, at=at, remat=remat)
+    return model.upper(lower, mask, at=at, remat=remat)
 
 
 def _log_probs(

@@ -66,6 +66,11 @@ class Remat:
             raise InputError(f"remat: the plan is for {start} layers, the stack has {size}")
         return found
 
+    def part(self, start: int, stop: int) -> "Remat":
+        """The plan for some of the layers."""
+        spans = self.spans(stop)
+        return Remat(tuple(dataclasses.replace(g, layers=b - max(a, start)) for a, b, g in spans if b > start))
+
 
 def keep_names(*names: str) -> Remat:
     """The plan that keeps these activations of every layer."""
@@ -78,8 +83,10 @@ CHEAP = ("attention_norm", "attention_scores", "mlp_norm", "mlp_hidden")  # to c
 PRODUCTS = keep_names(*(name for name in NAMES if name not in CHEAP))
 
 
-def checkpointed(step: Callable[..., Any], group: Group, layers: int) -> Callable[..., Any]:
-    """`step` of a scan over so many layers, keeping what `group` says."""
+def checkpointed(step: Callable[..., Any], group: Group | None, layers: int) -> Callable[..., Any]:
+    """`step` of a scan over so many layers, keeping what `group` says; None: everything."""
+    if group is None:
+        return step
     # Forward and backward pass are two loops, so that XLA cannot find in one what the other computes again: unless each
     # goes round once, and XLA takes it for no loop at all.
     return jax.checkpoint(step, policy=_policy(group.keep, group.offload), prevent_cse=layers == 1)

@@ -196,8 +196,9 @@ def _all_at_once(model, prompts, prompt_mask, key, draw, config: SamplingConfig)
 
 def _prefill(model, prompts, prompt_mask, slots: int, config: SamplingConfig) -> tuple[Float[Array, "B D"], "KVCache"]:
     """The last hidden state of each prompt and its cache, once for each of its responses."""
-    hidden, cache = model.prefill(prompts, prompt_mask, slots, int8=config.int8_cache)
-    return jax.tree.map(lambda x: jnp.repeat(x, config.samples_per_prompt, axis=0), (hidden[:, -1], cache))
+    last = slice(-1, None)
+    hidden, cache = model.prefill(prompts, prompt_mask, slots, at=last, int8=config.int8_cache)
+    return jax.tree.map(lambda x: jnp.repeat(x, config.samples_per_prompt, axis=0), (hidden[:, 0], cache))
 
 
 class _Lanes(NamedTuple):
