@@ -27,6 +27,7 @@ from rapidfire_jax.memory.jaxprs import KERNELS, LOOPS, Inlined, Op, inner
 
 OPAQUE = (*KERNELS, *LOOPS)  # counted as a whole
 _VIEWS = {"name", "reshape", "squeeze", "expand_dims", "transpose", "copy", "reduce_precision"}  # no work of their own
+_CUT = "dynamic_slice"  # of weights of several layers, which whoever uses them reads in place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,7 +223,7 @@ def _work(
     for op in forward:
         if op.name in _VIEWS:
             root[op.outputs[0]] = root[op.inputs[0]]
-        elif not _is_product(op):
+        elif op.name != _CUT and not _is_product(op):
             fused.update(op.outputs)
 
     flops, seconds = np.zeros(len(sets)), np.zeros(len(sets))
@@ -236,7 +237,7 @@ def _work(
             flops += np.where(run, work, 0.0)
             seconds += np.where(run, device.seconds(work, moved, body.avals[op.inputs[0]].dtype), 0.0)
             written.update((i, written.get(i, never) | run) for i in {root[i] for i in op.inputs} & fused)
-        elif op.name not in _VIEWS and any(map(body.nbytes, op.outputs)):
+        elif op.name not in (*_VIEWS, _CUT) and any(map(body.nbytes, op.outputs)):
             for i in {root[i] for i in op.inputs}:
                 read[i] = read.get(i, never) | (run & ~runs[i] if i in fused else run)
     for op in derivative:

@@ -13,6 +13,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from rapidfire_jax.memory.devices import Device
 from rapidfire_jax.models.config import DecoderConfig
 from rapidfire_jax.models.heads import CausalLM
+from rapidfire_jax.models.layers import take
 from rapidfire_jax.models.lora import add_lora
 
 KINDS = {
@@ -38,18 +39,19 @@ class Problem:
     mask: jax.Array
     weights: jax.Array  # of the loss
 
-    def gradient(self, remat):
-        """A function of adapters and frozen weights."""
+    def gradient(self, remat, at=None):
+        """A function of adapters and frozen weights; the loss sees the hidden states of some positions, or of all."""
 
         def loss(adapters, frozen):
             model = nnx.merge(self.graphdef, adapters, frozen)
-            return (model.hidden(self.tokens, self.mask, remat=remat) * self.weights.astype(model.compute_dtype)).sum()
+            hidden = model.hidden(self.tokens, self.mask, at=at, remat=remat)
+            return (hidden * take(self.weights, at).astype(model.compute_dtype)).sum()
 
         return jax.grad(loss)
 
-    def traced(self, remat) -> ClosedJaxpr:
+    def traced(self, remat, at=None) -> ClosedJaxpr:
         """Its program."""
-        return jax.make_jaxpr(self.gradient(remat))(self.adapters, self.frozen)
+        return jax.make_jaxpr(self.gradient(remat, at))(self.adapters, self.frozen)
 
 
 @pytest.fixture(scope="session")

@@ -35,6 +35,19 @@ def test_flops_and_bytes_of_plans_are_those_of_their_programs(problem, kind):
     assert kept_bytes(plain.jaxpr) - kept_bytes(full.jaxpr) == 4 * costs.everything
 
 
+def test_the_last_layer_counts_though_less_of_it_is_wanted(problem):
+    own = problem("llama")
+    whole, part = layer_costs(own.traced(FULL), SLOW), layer_costs(own.traced(FULL, slice(-4, None)), SLOW)
+    assert whole.layers == part.layers == 4
+    for name in ("flops", "nbytes", "seconds"):
+        np.testing.assert_allclose(getattr(whole, name), getattr(part, name), rtol=1e-12)
+    alone = problem("llama", layers=1)
+    one = layer_costs(alone.traced(FULL), SLOW)
+    np.testing.assert_array_equal(one.flops, whole.flops)
+    assert (one.layers, one.names) == (1, whole.names)
+    assert layer_costs(alone.traced(FULL, slice(-4, None)), SLOW).flops[0] < one.flops[0]
+
+
 def test_names_that_save_nothing_are_left_out(problem):
     """Post-norms want what goes into them; names inside of kernels are not there without kernels."""
     found = set(layer_costs(problem("llama").traced(FULL), SLOW).names)
