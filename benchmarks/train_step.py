@@ -4,7 +4,8 @@
 
 Update: one step of `ppo_step` on the shapes of `benchmarks.end_to_end`, float32, every weight or LoRA of rank 16 on all
 linear layers. It counts 6 FLOPs for each trained weight and token and 4 for each frozen one, of the head for response
-tokens only; attention, norms, losses and the optimiser count nothing. The limit is the rate of float32 products of
+tokens only, of the last layer behind its attention for these and the one before, as nothing else is computed; attention,
+norms, losses and the optimiser count nothing. The limit is the rate of float32 products of
 [2048, 2048] matrices.
 
 Decoding: a token for every row, from the difference between rollouts of full length and of one token. Its floor is the
@@ -87,7 +88,11 @@ def update(shape: Shape, lora: dict[str, Any] | None, turns: int) -> dict[str, A
     base = sum(x.size for x in jax.tree.leaves(frozen.policy)) - 2 * table
     trained = base if lora is None else sum(x.size for x in jax.tree.leaves(trainable.policy))
     head = (6 if lora is None else 4) * table * shape.rows * shape.response
+    D, F = shape.width, 4 * shape.width
+    behind = D * D + 3 * D * F  # weights of a layer behind its attention
+    unread = 6 * behind if lora is None else 4 * behind + 6 * lora["rank"] * (2 * D + 3 * (D + F))
     flops = (6 * trained + (0 if lora is None else 4 * base)) * tokens.size + head
+    flops -= unread * shape.rows * (shape.prompt - 1)
     square = jax.random.normal(jax.random.key(3), (SQUARE, SQUARE))
     product = jax.jit(lambda a: a @ a)
     found = in_turns(

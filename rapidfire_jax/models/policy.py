@@ -169,7 +169,7 @@ def split_parameters(
     if lora is None and is_quantized(nnx.state(model)):
         raise InputError("quantised weights are frozen; train adapters (adapter.type: lora), or load 16 bits")
     if lora is None:
-        model.split_blocks(1)  # what the last layer is asked for is less: cut out of a stack, its weights would be copied
+        model.split_blocks(1)  # less is asked of the last layer: cut out of a stack, trained weights would be copied
     elif lora.get("layers") is not None:
         if isinstance(model, RewardModel):
             lora = lora | {"layers": min(lora["layers"], model.config.num_layers)}
