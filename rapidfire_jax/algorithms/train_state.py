@@ -98,8 +98,9 @@ def gradient_step(
     scale = rows / jnp.maximum(count, 1.0)
     if state.loss_scale is not None:
         scale /= state.loss_scale.scale.astype(scale.dtype)
+    norm = scale * optax.tree.norm(gradients)  # not of the scaled: XLA would keep the squares, which Adam wants as well
     gradients = jax.tree.map(lambda g: (g.astype(scale.dtype) * scale).astype(g.dtype), gradients)
-    metrics = finish(partial) | {"policy/gradient_norm": optax.tree.norm(gradients)}
+    metrics = finish(partial) | {"policy/gradient_norm": norm}
 
     def take(trainable, opt_state):
         return take_step(optimizer, gradients, opt_state, trainable, **rates)
