@@ -4,9 +4,9 @@
 
 Update: one step of `ppo_step` on the shapes of `benchmarks.end_to_end`, float32, every weight or LoRA of rank 16 on all
 linear layers. It counts 6 FLOPs for each trained weight and token and 4 for each frozen one, of the head for response
-tokens only, of the last layer behind its attention for these and the one before, as nothing else is computed; attention,
-norms, losses and the optimiser count nothing. The limit is the rate of float32 products of
-[2048, 2048] matrices.
+tokens only, of the last layer behind its attention for these and the one before, since nothing else is computed;
+attention, norms, losses and the optimiser count nothing. The limit is the rate of float32 products of [2048, 2048]
+matrices.
 
 Decoding: a token for every row, from the difference between rollouts of full length and of one token. Its floor is the
 larger of two: bytes of the weights over the bandwidth of a copy of 256 MB (read and written), and 2 FLOPs a weight and

@@ -12,7 +12,8 @@ def decode_attention_reference(q, keys, values, starts, ends, key_scales, value_
     B, N, H = q.shape
     _, K, C, _ = keys.shape
     grouped = q.reshape(B, K, N // K, H)
-    if N == K and q.dtype == jnp.bfloat16 and hopper.device_kind() == "cpu":
+    one_row = N == K and hopper.device_kind() == "cpu"
+    if one_row and q.dtype == jnp.bfloat16:
         grouped = jnp.repeat(grouped, 2, axis=2)  # a single row XLA would multiply with a float32 copy of the cache
     scores = jnp.einsum("bkgh,bkch->bkgc", grouped, keys.astype(q.dtype), preferred_element_type=jnp.float32)
     scores *= scale
@@ -26,7 +27,10 @@ def decode_attention_reference(q, keys, values, starts, ends, key_scales, value_
     weights = jax.nn.softmax(scores, axis=-1)
     if value_scales is not None:
         weights *= _by_head(value_scales, weights.shape)
-    out = jnp.einsum("bkgc,bkch->bkgh", weights.astype(q.dtype), values.astype(q.dtype))[:, :, : N // K]
+    if one_row and q.dtype == jnp.float32:  # as a product, it has one thread
+        out = (weights[..., None] * values.astype(q.dtype)[:, :, None]).sum(axis=-2)
+    else:
+        out = jnp.einsum("bkgc,bkch->bkgh", weights.astype(q.dtype), values.astype(q.dtype))[:, :, : N // K]
     return jnp.where(visible.any(axis=1)[:, None, None], out.reshape(B, N, H), jnp.zeros((), q.dtype))
 
 

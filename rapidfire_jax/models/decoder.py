@@ -295,11 +295,11 @@ class Decoder(nnx.Module):
             return run(x, weights, view)
 
         size, kept = len(is_local), []
-        spans = [(0, size, None)] if remat is None else remat.spans(size)
-        *_, (start, stop, group) = spans
+        spans: list[tuple[int, int, Group | None]] = [(0, size, None)] if remat is None else [*remat.spans(size)]
         alone = at is not None or size == 1
         if alone:
-            spans[-1] = (start, stop - 1, group)
+            start, stop, group = spans[-1]
+            spans[-1] = start, stop - 1, group
         for start, stop, group in spans:
             if start < stop:
                 x, part = _scan_part(step, group, x, (layers, jnp.array(is_local)), start, stop)
