@@ -98,7 +98,8 @@ def gradient_step(
     scale = rows / jnp.maximum(count, 1.0)
     if state.loss_scale is not None:
         scale /= state.loss_scale.scale.astype(scale.dtype)
-    norm = scale * optax.tree.norm(gradients)  # not of the scaled: XLA would keep the squares, which Adam wants as well
+    # Not of the scaled gradients: XLA would keep their squares, which Adam wants as well.
+    norm = scale * optax.tree.norm(jax.tree.map(lambda g: g.astype(scale.dtype), gradients))
     gradients = jax.tree.map(lambda g: (g.astype(scale.dtype) * scale).astype(g.dtype), gradients)
     metrics = finish(partial) | {"policy/gradient_norm": norm}
 
