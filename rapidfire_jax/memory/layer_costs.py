@@ -3,8 +3,8 @@
 The gradient of a function that keeps nothing of its layers (`models.remat.FULL`) goes back through them in a loop: its
 body is one layer's forward pass and its derivative. What depends on a cotangent is the derivative; the rest is run
 again only because it was not kept. The last layer, of which less may be wanted, stands before the loop and is counted
-as another turn of it. So the program says for every set of kept activations which equations are left to
-run, whatever the model. Nothing here knows of any.
+as another turn of it. So the program says for every set of kept activations which equations are left to run, whatever
+the model. Nothing here knows of any.
 
 Seconds are those of a roofline. A product, or a kernel, takes the longer of its FLOPs and of reading its operands and
 writing its result. What stands between products is fused: it takes the time to read what is in memory already, products

@@ -112,6 +112,12 @@ class Decoder(nnx.Module):
         return [self.blocks, self.top_blocks] if self.is_split else [self.blocks]
 
     @property
+    def has_adapters(self) -> bool:
+        """Whether `add_lora` has been called."""
+        linears = (part for _, part in nnx.iter_graph(self.stacks[-1]) if isinstance(part, Linear))
+        return any(linear.lora_scale is not None for linear in linears)
+
+    @property
     def compute_dtype(self) -> jnp.dtype:
         """Dtype of activations and cache."""
         return jnp.dtype(self.precision.compute or self.weight_dtype)
@@ -253,12 +259,6 @@ class Decoder(nnx.Module):
         if self.config.rope is None:  # positions beyond the table become NaN, not its last row
             x += self.position_embedding[...].at[positions].get(mode="fill", fill_value=jnp.nan).astype(x.dtype)
         return x
-
-    @property
-    def has_adapters(self) -> bool:
-        """Whether `add_lora` has been called."""
-        linears = (part for _, part in nnx.iter_graph(self.stacks[-1]) if isinstance(part, Linear))
-        return any(linear.lora_scale is not None for linear in linears)
 
     def numbered_stacks(self) -> list[tuple[int, Block]]:
         """Number of the first layer of each stack, and the stack."""
