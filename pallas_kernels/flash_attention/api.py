@@ -1,7 +1,8 @@
 """Attention whose scores never leave the chip: causal, windowed, packed, grouped, soft-capped."""
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -95,20 +96,37 @@ def _check(q, k, v, segments, kv_segments, window, soft_cap):
         raise ValueError(f"soft_cap={soft_cap}; accepted: above 0")
 
 
+class _Passes(NamedTuple):
+    """What an implementation makes of segments and window, and its passes, which take that."""
+
+    seen: Callable[..., Any]
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+
+
+_KERNELS = _Passes(visibility.operands, mosaic_gpu.flash_attention_forward, mosaic_gpu_vjp.flash_attention_backward)
+_STRIPS = _Passes(strips.cut, strips.flash_attention_forward, strips.flash_attention_backward)
+
+
 class _Options(NamedTuple):
     """What is known while tracing."""
 
+    passes: _Passes
     lengths: tuple[int, int]  # of queries and keys, before padding
     window: int | None
     causal: bool
     scale: float
     soft_cap: float | None
 
+    def seen(self, segments, kv_segments, window):
+        """What the passes take, of which tokens see one another."""
+        return self.passes.seen(*self.lengths, segments, kv_segments, self.window if window is None else window)
 
-def _mosaic(q, k, v, segments, kv_segments, window, causal, scale, soft_cap):
+
+def _differentiable(passes, multiple, q, k, v, segments, kv_segments, window, causal, scale, soft_cap):
     static, traced = (window, None) if window is None or isinstance(window, int) else (None, window)
-    options = _Options((q.shape[1], k.shape[1]), static, causal, scale, soft_cap)
-    q, k, v = (padded(x, 8, axis=1) for x in (q, k, v))  # copies move whole tiles of 8 rows
+    options = _Options(passes, (q.shape[1], k.shape[1]), static, causal, scale, soft_cap)
+    q, k, v = (padded(x, multiple, axis=1) for x in (q, k, v))
     out, lse = _attend(q, k, v, segments, kv_segments, traced, options)
     return out[:, : options.lengths[0]], lse[:, :, : options.lengths[0]]
 
@@ -119,26 +137,19 @@ def _attend(q, k, v, segments, kv_segments, window, options):
 
 
 def _forward(q, k, v, segments, kv_segments, window, options):
-    seen = _seen(segments, kv_segments, window, options)
-    out, lse = mosaic_gpu.flash_attention_forward(q, k, v, seen, options.causal, options.scale, options.soft_cap)
+    seen = options.seen(segments, kv_segments, window)
+    out, lse = options.passes.forward(q, k, v, seen, options.causal, options.scale, options.soft_cap)
     out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
     return (out, lse), (q, k, v, segments, kv_segments, window, out, lse)
 
 
 def _backward(options, residuals, cotangents):
     q, k, v, segments, kv_segments, window, out, lse = residuals
-    seen = _seen(segments, kv_segments, window, options)
-    dout, dlse = cotangents
-    gradients = mosaic_gpu_vjp.flash_attention_backward(
-        q, k, v, out, lse, dout, dlse, seen, options.causal, options.scale, options.soft_cap
+    seen = options.seen(segments, kv_segments, window)
+    gradients = options.passes.backward(
+        q, k, v, out, lse, *cotangents, seen, options.causal, options.scale, options.soft_cap
     )
     return *gradients, None, None, None
-
-
-def _seen(segments, kv_segments, window, options):
-    window = options.window if window is None else window
-    S, C = options.lengths
-    return visibility.operands(S, C, segments, kv_segments, window)
 
 
 _attend.defvjp(_forward, _backward)
@@ -146,8 +157,8 @@ _attend.defvjp(_forward, _backward)
 OPERATION = Operation(
     "flash_attention",
     {
-        "mosaic_gpu": hopper_kernel(_mosaic, mosaic_gpu.reasons),
-        "strips": Implementation(strips.flash_attention_in_strips, strips.reasons),
+        "mosaic_gpu": hopper_kernel(partial(_differentiable, _KERNELS, 8), mosaic_gpu.reasons),  # whole tiles of 8 rows
+        "strips": Implementation(partial(_differentiable, _STRIPS, 1), strips.reasons),
         "xla": Implementation(flash_attention_reference),
     },
 )

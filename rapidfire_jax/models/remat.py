@@ -21,7 +21,7 @@ NAMES = {
     "value": "values",
     "attention_scores": "scores [B, K, N // K, S, S], where no kernel keeps them on the chip",
     "attention_out": "result of the attention, before its output projection",
-    "attention_lse": "logarithm of the softmax's denominator, with the attention kernel",
+    "attention_lse": "logarithm of the softmax's denominator, where no scores are kept",
     "attention_update": "what the attention adds to the residual stream, before its norm (models with such norms)",
     "residual": "residual stream between attention and MLP",
     "mlp_norm": "normalised input of the MLP",
