@@ -8,8 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 def flash_attention_reference(q, k, v, segments, kv_segments, window, causal, scale, soft_cap):
     """`(out [B, S, N, H], lse [B, N, S])`; softmax in float32, queries that see no key get 0 and -inf."""
     seen = visible(q.shape[1], k.shape[1], segments, kv_segments, window, causal)
-    scores = checkpoint_name(scores_of(q, k, scale), "attention_scores")
-    out, lse = mixed(scores, v, seen, soft_cap)
+    out, lse = mixed(scores_of(q, k, scale), v, seen, soft_cap)
     return checkpoint_name(out, "attention_out"), lse
 
 

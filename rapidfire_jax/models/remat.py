@@ -19,9 +19,8 @@ NAMES = {
     "query": "queries as the attention takes them; before their norm where they have one",
     "key": "keys, likewise",
     "value": "values",
-    "attention_scores": "scores [B, K, N // K, S, S], where no kernel keeps them on the chip",
     "attention_out": "result of the attention, before its output projection",
-    "attention_lse": "logarithm of the softmax's denominator, where no scores are kept",
+    "attention_lse": "logarithm of the softmax's denominator",
     "attention_update": "what the attention adds to the residual stream, before its norm (models with such norms)",
     "residual": "residual stream between attention and MLP",
     "mlp_norm": "normalised input of the MLP",
@@ -79,7 +78,7 @@ def keep_names(*names: str) -> Remat:
 
 FULL = Remat((Group(),))
 DOTS = Remat((Group(keep="dots"),))
-CHEAP = ("attention_norm", "attention_scores", "mlp_norm", "mlp_hidden")  # to compute again, for what they take
+CHEAP = ("attention_norm", "mlp_norm", "mlp_hidden")  # to compute again, for what they take
 PRODUCTS = keep_names(*(name for name in NAMES if name not in CHEAP))
 
 

@@ -15,7 +15,7 @@ PLANS = {
     "dots": DOTS,
     "products": PRODUCTS,
     "all names": keep_names(*NAMES),
-    "some names": keep_names("query", "residual", "attention_scores", "up"),
+    "some names": keep_names("query", "residual", "attention_lse", "up"),
     "mixed": Remat((Group(2, keep=("key", "mlp_hidden")), Group())),
 }
 

@@ -116,6 +116,8 @@ def name(case: Case) -> str:
 
 
 STRIPS = [
+    Case((1, 1), dtype="float32"),
+    Case((45, 45), (4, 1), dtype="float32"),
     Case((128, 128)),
     Case((133, 133), (4, 2), segments="left padding", batch=2),
     Case((200, 200), (3, 3), dtype="float32", segments="packed, padding between"),
@@ -123,6 +125,7 @@ STRIPS = [
     Case((190, 190), window=1, soft_cap=2.0),
     Case((160, 160), window=33, segments="packed", dtype="float32"),  # traced
     Case((300, 300), segments="padding alone", dtype="float32"),
+    Case((700, 700), width=16, dtype="float32"),
 ]
 
 
@@ -143,14 +146,16 @@ def test_strips_agree_with_the_reference(case: Case):
         np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (ours, theirs)), rtol=tolerance, atol=tolerance)
 
 
-def test_strips_are_for_long_causal_rows():
+def test_strips_keep_nothing_over_queries_and_keys():
+    (q, k, v), *_ = problem(Case((256, 256), width=32, dtype="float32"))
+    _, pullback = jax.vjp(lambda *qkv: flash_attention(*qkv, implementation="strips").out, q, k, v)
+    assert max(x.size for x in jax.tree.leaves(pullback)) == q.size
+
+
+def test_strips_are_for_causal_rows():
     (q, k, v), *_ = problem(Case((64, 64)))
-    for arguments, reason in (
-        ((q, k, v), "64 queries are fewer than 128"),
-        ((q, k[:, :8], v[:, :8]), "64 queries and 8 keys"),
-    ):
-        with pytest.raises(NotImplementedError, match=reason):
-            flash_attention(*arguments, implementation="strips")
+    with pytest.raises(NotImplementedError, match="64 queries and 8 keys"):
+        flash_attention(q, k[:, :8], v[:, :8], implementation="strips")
     with pytest.raises(NotImplementedError, match="may see every key"):
         flash_attention(q, k, v, causal=False, implementation="strips")
 
