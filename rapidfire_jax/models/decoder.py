@@ -229,8 +229,8 @@ class Decoder(nnx.Module):
             graphdef, stacked = nnx.split(stack)
             for i in range(stack_size(stack)):
                 alone = stacked if shared else jax.tree.map(lambda w, i=i: w[i : i + 1], stacked)
-                if hopper.device_kind() == "cpu":  # not in one loop with the cut, which would go through columns
-                    alone = outputs_first(jax.lax.optimization_barrier(alone))
+                if hopper.device_kind() == "cpu":  # the order is settled here, or it would be another copy in a loop's
+                    alone = jax.lax.optimization_barrier(outputs_first(alone))
                 layers.append(Layer(graphdef, alone, i if shared else 0))
         return layers
 
