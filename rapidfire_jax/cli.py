@@ -70,10 +70,12 @@ def train(
         assert config is not None
         run_config = with_dtypes(load_config(config, overrides or []), hardware_dtype())
         run = RunDirectory.create(run_config)
+    from rapidfire_jax.programs import give_back_memory_of_compiling
     from rapidfire_jax.training.job import train as train_job
     from rapidfire_jax.user_cache import keep_compiled_programs
 
     keep_compiled_programs()
+    give_back_memory_of_compiling()
     print(f"run directory: {run.path}", flush=True)
     train_job(run_config, run)
     print(f"final model: {run.final}")

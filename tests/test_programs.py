@@ -1,6 +1,8 @@
 """What programs take of memory, counted by hand, and that asking compiles nothing."""
 
 import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -89,3 +91,38 @@ def test_the_same_description_serves_a_device_that_is_not_there():
 
 def test_peak():
     assert Need(arguments=100, temporaries=20, outputs=70, aliased=60, resident=5).peak == 135
+
+
+# Prints MB that malloc holds and could give back once a program is compiled: a loop's body of many operations.
+COMPILING = """
+import ctypes, jax, jax.numpy as jnp
+from rapidfire_jax.programs import give_back_memory_of_compiling
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096 / 1e6
+
+def many(x):
+    for i in range(60):
+        x = jnp.sort(jnp.sin(x @ x + i), axis=i % 2)
+    return x
+
+if GIVES_BACK:
+    give_back_memory_of_compiling()
+x = jnp.ones((64, 64))
+jax.jit(many)(x).block_until_ready()
+before = resident()
+ctypes.CDLL(None).malloc_trim(0)
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+def test_what_the_compiler_has_freed_goes_back():
+    def held(gives_back):
+        program = COMPILING.replace("GIVES_BACK", str(gives_back))
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        return float(done.stdout)
+
+    kept, given_back = held(False), held(True)
+    assert kept > 5 and given_back < kept / 2

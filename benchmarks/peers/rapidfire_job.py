@@ -6,7 +6,7 @@ import jax
 
 from benchmarks.peers.protocol import Channel
 from rapidfire_jax.config import load_config
-from rapidfire_jax.programs import peak_bytes
+from rapidfire_jax.programs import give_back_memory_of_compiling, peak_bytes
 from rapidfire_jax.training.online import OnlineJob
 from rapidfire_jax.user_cache import keep_compiled_programs
 
@@ -15,6 +15,7 @@ def main() -> None:
     """Iterations until standard input ends."""
     channel = Channel()
     keep_compiled_programs()
+    give_back_memory_of_compiling()
     job = OnlineJob(load_config(channel.settings["config"]))
     loaded = peak_bytes() / 1e6
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib"))

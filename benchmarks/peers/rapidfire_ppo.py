@@ -33,6 +33,7 @@ from rapidfire_jax import (
 )
 from rapidfire_jax.algorithms.train_state import TrainState
 from rapidfire_jax.config import MemoryConfig
+from rapidfire_jax.programs import give_back_memory_of_compiling
 from rapidfire_jax.training.remat import preset
 
 
@@ -103,6 +104,7 @@ def main() -> None:
     settings = channel.settings
     jax.config.update("jax_compilation_cache_dir", f"{settings['folder']}/programs")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    give_back_memory_of_compiling()
     state, iteration, _ = problem(settings)
     trained = sum(x.size for x in jax.tree.leaves(state.trainable))
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib"))
