@@ -101,8 +101,8 @@ def give_back_memory_of_compiling() -> None:
     if trim is None:
         return
 
-    def after(event: str, seconds: float, **_: Any) -> None:
-        if event == COMPILED and seconds > 0.1:
+    def after(event: str, duration_secs: float, **_: Any) -> None:
+        if event == COMPILED and duration_secs > 0.1:
             trim(0)
 
     jax.monitoring.register_event_duration_secs_listener(after)
