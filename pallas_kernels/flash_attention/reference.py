@@ -1,4 +1,4 @@
-"""Plain truth for `flash_attention`, and what XLA runs where the kernel cannot."""
+"""Plain truth for `flash_attention`, and what XLA runs where neither kernels nor strips can."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -8,21 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 def flash_attention_reference(q, k, v, segments, kv_segments, window, causal, scale, soft_cap):
     """`(out [B, S, N, H], lse [B, N, S])`; softmax in float32, queries that see no key get 0 and -inf."""
     seen = visible(q.shape[1], k.shape[1], segments, kv_segments, window, causal)
-    out, lse = mixed(scores_of(q, k, scale), v, seen, soft_cap)
-    return checkpoint_name(out, "attention_out"), lse
-
-
-def scores_of(q, k, scale):
-    """Scaled products `[B, K, N // K, S, C]`, float32."""
-    B, S, N, H = q.shape
-    K = k.shape[2]
-    grouped = q.reshape(B, S, K, N // K, H)
-    return jnp.einsum("bskgh,bckh->bkgsc", grouped, k, preferred_element_type=jnp.float32) * scale
-
-
-def mixed(scores, v, seen, soft_cap):
-    """`(out, lse)` of scores, of which those that are not `seen`, bool [B or 1, S, C], count nothing."""
-    B, K, G, S, _ = scores.shape
+    scores = scores_of(q, k, scale)
     if soft_cap is not None:
         scores = jnp.tanh(scores / soft_cap) * soft_cap
     scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
@@ -34,7 +20,15 @@ def mixed(scores, v, seen, soft_cap):
     total = jnp.where(sees, total, 1.0)
     lse = jnp.where(sees, highest + jnp.log(total), -jnp.inf)
     out = jnp.einsum("bkgsc,bckh->bskgh", (weights / total).astype(v.dtype), v)
-    return out.reshape(B, S, K * G, v.shape[-1]), lse.reshape(B, K * G, S)
+    return checkpoint_name(out.reshape(q.shape), "attention_out"), lse.reshape(q.shape[0], q.shape[2], q.shape[1])
+
+
+def scores_of(q, k, scale):
+    """Scaled products `[B, K, N // K, S, C]`, float32."""
+    B, S, N, H = q.shape
+    K = k.shape[2]
+    grouped = q.reshape(B, S, K, N // K, H)
+    return jnp.einsum("bskgh,bckh->bkgsc", grouped, k, preferred_element_type=jnp.float32) * scale
 
 
 def visible(S, C, segments, kv_segments, window, causal, first=0):

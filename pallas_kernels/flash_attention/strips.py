@@ -63,23 +63,21 @@ def flash_attention_forward(q, k, v, strips: list[Strip], causal, scale, soft_ca
 def flash_attention_backward(q, k, v, out, lse, dout, dlse, strips: list[Strip], causal, scale, soft_cap):
     """Gradients of `q`, `k` and `v`."""
     assert causal
-    B, S, N, H = q.shape
+    B, S, N, _ = q.shape
     K = k.shape[2]
-    q, dout = lax.optimization_barrier(
-        (q, dout)
-    )  # or XLA would keep the scores of the forward pass for their copies here
+    # Tied to a cotangent, or XLA would keep the scores of the forward pass for their copies here.
+    q, dout = lax.optimization_barrier((q, dout))
     delta = jnp.einsum("bsnh,bsnh->bns", out, dout, preferred_element_type=jnp.float32) - dlse
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)  # a query that sees no key has p = 0
     lse, delta = (x.reshape(B, K, N // K, S, 1) for x in (lse, delta))
-    grouped, dout = (x.reshape(B, S, K, N // K, H) for x in (q, dout))
     dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for queries, keys, seen in strips:
         scores, slope = _capped(scores_of(q[:, queries], k[:, keys], scale), soft_cap)
         p = jnp.exp(jnp.where(seen, scores, -jnp.inf) - lse[:, :, :, queries])
-        dp = scores_of(dout[:, queries].reshape(q[:, queries].shape), v[:, keys], 1.0)
+        dp = scores_of(dout[:, queries], v[:, keys], 1.0)
         ds = (p * (dp - delta[:, :, :, queries]) * (scale * slope)).astype(q.dtype)
         dq.append(jnp.einsum("bkgsc,bckh->bskgh", ds, k[:, keys]))
-        dk += _of_keys(ds, grouped[:, queries], keys, S)
+        dk += _of_keys(ds, q[:, queries], keys, S)
         dv += _of_keys(p.astype(q.dtype), dout[:, queries], keys, S)
     return jnp.concatenate(dq, axis=1).reshape(q.shape), dk.astype(k.dtype), dv.astype(v.dtype)
 
@@ -100,5 +98,7 @@ def _capped(scores, soft_cap):
 
 def _of_keys(weights, x, keys: slice, length: int):
     """Sums over a strip's queries for each key, [B, length, K, H] in float32, 0 outside of `keys`."""
-    sums = jnp.einsum("bkgsc,bskgh->bckh", weights, x, preferred_element_type=jnp.float32)
+    B, K, G, s, _ = weights.shape
+    grouped = x.reshape(B, s, K, G, x.shape[-1])
+    sums = jnp.einsum("bkgsc,bskgh->bckh", weights, grouped, preferred_element_type=jnp.float32)
     return jnp.pad(sums, ((0, 0), (keys.start, length - keys.stop), (0, 0), (0, 0)))

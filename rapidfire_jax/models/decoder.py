@@ -229,7 +229,7 @@ class Decoder(nnx.Module):
             graphdef, stacked = nnx.split(stack)
             for i in range(stack_size(stack)):
                 alone = stacked if shared else jax.tree.map(lambda w, i=i: w[i : i + 1], stacked)
-                if hopper.device_kind() == "cpu":  # the order is settled here, or it would be another copy in a loop's
+                if hopper.device_kind() == "cpu":  # left to the loop, their order would be another copy
                     alone = jax.lax.optimization_barrier(outputs_first(alone))
                 layers.append(Layer(graphdef, alone, i if shared else 0))
         return layers
