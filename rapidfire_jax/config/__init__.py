@@ -232,9 +232,6 @@ class OnlineRunConfig(RunConfig):
         for name, parts in (("minibatches", settings.minibatches), ("group_size", getattr(settings, "group_size", 1))):
             if rows % parts:
                 raise ValueError(f"rollout.batch_size={rows} is not a multiple of rl.{name}={parts}")
-        lanes, group_size = self.rollout.decode_batch_size, getattr(settings, "group_size", 1)
-        if lanes is not None and lanes < group_size:
-            raise ValueError(f"rollout.decode_batch_size={lanes} is less than rl.group_size={group_size}")
         if rows // settings.minibatches % settings.micro_batches:
             raise ValueError(
                 f"{rows // settings.minibatches} responses a minibatch are not a multiple of "

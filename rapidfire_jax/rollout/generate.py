@@ -1,8 +1,8 @@
 """Sampling whole responses as one program: prefill, then a `while_loop` over a key/value cache.
 
 All rows at once, until the last has ended; or, with a smaller decode batch, continuously: a lane of it whose row
-has ended takes the next prompt, so that unequal lengths leave few lanes idle. Of several responses to a prompt, all
-start from one prefill.
+has ended takes the next one, so that unequal lengths leave few lanes idle. Of several responses to a prompt, all start
+from one prefill.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ class SamplingConfig:
     greedy: bool = False
     int8_cache: bool = False  # keys and values in 8 bits
     decode_batch_size: int | None = None  # rows decoded at a time; None: all
-    samples_per_prompt: int = 1  # at most `decode_batch_size`
+    samples_per_prompt: int = 1
 
 
 class Generation(NamedTuple):
@@ -52,12 +52,12 @@ def loop_trips(rows: int, config: SamplingConfig) -> tuple[int, ...]:
     T, lanes = config.max_new_tokens, config.decode_batch_size
     if lanes is None or lanes >= rows:
         return (T,)
-    R = _refilled_at_once(lanes, config.samples_per_prompt)
-    return -(-rows // R), -(-T * R // lanes)
+    R = _prefilled_at_once(lanes, config.samples_per_prompt)
+    return -(-rows // R), 1, -(-T * R // lanes)
 
 
-def _refilled_at_once(lanes: int, samples_per_prompt: int) -> int:
-    """A quarter of the lanes, and whole prompts."""
+def _prefilled_at_once(lanes: int, samples_per_prompt: int) -> int:
+    """Rows for a quarter of the lanes, and of whole prompts."""
     return -(-lanes // (4 * samples_per_prompt)) * samples_per_prompt
 
 
@@ -90,17 +90,11 @@ def generate(
       config: static settings; `config.decode_batch_size` bounds the memory of the cache and the work of a step, and
         `config.samples_per_prompt` is G.
 
-    Raises:
-      ValueError: a prompt has more responses than are decoded at a time.
-
     No gradient flows: wrap nothing around this. Activations and cache have the compute dtype of the model.
     """
     draw = partial(_draw, model, temperature=temperature, config=config)
-    sample_all, G, lanes = _all_at_once, config.samples_per_prompt, config.decode_batch_size
-    if lanes is not None and lanes < len(prompts) * G:
-        if lanes < G:
-            raise ValueError(f"decode_batch_size={lanes} is less than samples_per_prompt={G}")
-        sample_all = _continuously
+    G, lanes = config.samples_per_prompt, config.decode_batch_size
+    sample_all = _all_at_once if lanes is None or lanes >= len(prompts) * G else _continuously
     tokens, mask_t, logp_t, v_t = sample_all(model, prompts, prompt_mask, key, draw, config)
     eos = jnp.asarray(config.eos_ids, jnp.int32)
     prompts, prompt_mask = (jnp.repeat(x, G, axis=0) for x in (prompts, prompt_mask))
@@ -204,79 +198,100 @@ def _prefill(model, prompts, prompt_mask, slots: int, config: SamplingConfig) ->
 class _Lanes(NamedTuple):
     """M lanes of the batch, each with the row that it decodes."""
 
-    key: Array
     cache: "KVCache"
     row: Int[Array, " M"]
     token: Int[Array, " M"]  # the last one drawn
     t: Int[Array, " M"]  # tokens drawn
     running: Bool[Array, " M"]
-    taken: Int[Array, ""]  # prompts that have had a lane
+
+
+class _Loop(NamedTuple):
+    key: Array
+    lanes: _Lanes
+    taken: Int[Array, ""]  # rows that have had a lane
     responses: _Responses
 
 
 def _continuously(model, prompts, prompt_mask, key, draw, config: SamplingConfig) -> _Responses:
-    """A few rows at a time: whenever a quarter of the lanes are free, that many prompts are prefilled into them.
+    """A few rows at a time: where one ends, the next takes its lane; the last ones go on in as many lanes as they need.
+
+    A few prompts are prefilled together and wait, each row with its first token, for a lane.
 
     Yu et al., Orca: A Distributed Serving System for Transformer-Based Generative Models, 2022.
     """
     G, T, P = config.samples_per_prompt, config.max_new_tokens, prompts.shape[1]
     B = len(prompts) * G
     M = config.decode_batch_size or B
-    R = _refilled_at_once(M, G)
+    R = _prefilled_at_once(M, G)
     layers = model.layers()
     lengths = jnp.repeat(prompt_mask.sum(axis=1, dtype=jnp.int32), G)
     prompts, prompt_mask = (jnp.pad(x, ((0, -B % R // G), (0, 0)), mode="edge") for x in (prompts, prompt_mask))
 
-    def put(loop: _Lanes, drawn: _Drawn, lanes: Int[Array, " N"], row: Int[Array, " N"], t: Int[Array, " N"]) -> _Lanes:
-        """Files what was drawn as token t of its row; rows that are not running have number B, and are dropped."""
+    def file(responses: _Responses, drawn: _Drawn, row: Int[Array, " N"], t: Int[Array, " N"]) -> _Responses:
+        """With what was drawn as token t of its row; rows that are not running have number B, and are dropped."""
         cells = _Responses(drawn.token, row < B, drawn.logp, drawn.value)
-        return loop._replace(
-            token=loop.token.at[lanes].set(drawn.token),
-            t=loop.t.at[lanes].set(t + 1),
-            running=loop.running.at[lanes].set(drawn.goes_on & (t + 1 < T)),
-            responses=jax.tree.map(lambda array, x: array.at[row, t].set(x, mode="drop"), loop.responses, cells),
-        )
+        return jax.tree.map(lambda array, x: array.at[row, t].set(x, mode="drop"), responses, cells)
 
-    def refill(loop: _Lanes) -> _Lanes:
+    def advance(loop: _Loop) -> _Loop:
+        """One more token in each lane that is running."""
         key, now = jax.random.split(loop.key)
-        lanes = jnp.argsort(loop.running, stable=True)[:R]
-        row = loop.taken + jnp.arange(R)
-        tokens, mask = (jax.lax.dynamic_slice_in_dim(x, loop.taken // G, R // G) for x in (prompts, prompt_mask))
-        last, new = _prefill(model, tokens, mask, P, config)
-        held = jax.tree.map(lambda cached, x: cached.at[lanes, :, : x.shape[2]].set(x), loop.cache.layers, new.layers)
-        starts, ends = loop.cache.starts.at[lanes].set(new.starts), loop.cache.ends.at[lanes].set(new.ends)
-        cache = dataclasses.replace(loop.cache, layers=held, starts=starts, ends=ends)
-        loop = loop._replace(key=key, cache=cache, row=loop.row.at[lanes].set(row), taken=loop.taken + R)
-        return put(loop, draw(last, row < B, now), lanes, jnp.minimum(row, B), jnp.zeros(R, jnp.int32))
+        lanes = loop.lanes
+        positions = lengths[jnp.minimum(lanes.row, B - 1)] + lanes.t - 1
+        hidden, cache = model.decode(layers, lanes.cache, lanes.token, lanes.running, positions)
+        drawn = draw(hidden, lanes.running, now)
+        responses = file(loop.responses, drawn, jnp.where(lanes.running, lanes.row, B), lanes.t)
+        after = _Lanes(cache, lanes.row, drawn.token, lanes.t + 1, drawn.goes_on & (lanes.t + 1 < T))
+        return loop._replace(key=key, lanes=after, responses=responses)
 
-    def advance(loop: _Lanes) -> _Lanes:
+    def serve(loop: _Loop) -> _Loop:
+        """Prefills the next R rows, and decodes until all of them have a lane; after the last, until R are running."""
         key, now = jax.random.split(loop.key)
-        positions = lengths[jnp.minimum(loop.row, B - 1)] + loop.t - 1
-        hidden, cache = model.decode(layers, loop.cache, loop.token, loop.running, positions)
-        drawn = draw(hidden, loop.running, now)
-        row = jnp.where(loop.running, loop.row, B)
-        return put(loop._replace(key=key, cache=cache), drawn, jnp.arange(M), row, loop.t)
+        first, end = loop.taken, jnp.minimum(loop.taken + R, B)
+        tokens, mask = (jax.lax.dynamic_slice_in_dim(x, first // G, R // G) for x in (prompts, prompt_mask))
+        hidden, waiting = model.prefill(tokens, mask, P, at=slice(-1, None), int8=config.int8_cache)
+        row = first + jnp.arange(R)
+        drawn = draw(jnp.repeat(hidden[:, 0], G, axis=0), row < B, now)
+        responses = file(loop.responses, drawn, row, jnp.zeros(R, jnp.int32))
 
-    def serve(loop: _Lanes) -> _Lanes:
-        """Takes the next prompts, and decodes until there is room for more."""
+        def admit(loop: _Loop) -> _Loop:
+            """Gives free lanes to rows that wait."""
+            lanes = loop.lanes
+            lane = jnp.argsort(lanes.running, stable=True)[:R]
+            row = loop.taken + jnp.arange(len(lane))
+            taken = ~lanes.running[lane] & (row < end)
+            lane, place = jnp.where(taken, lane, M), row - first
 
-        def is_full(loop: _Lanes) -> Bool[Array, ""]:
-            room = (~loop.running).sum() >= R
-            return loop.running.any() & ~(room & (loop.taken < B))
+            def put(array: Array, x: Array) -> Array:
+                return array.at[lane].set(x, mode="drop")
 
-        return jax.lax.while_loop(is_full, advance, refill(loop))
+            def put_cells(array: Array, x: Array) -> Array:
+                return array.at[lane, :, : x.shape[2]].set(x[place // G], mode="drop")
+
+            cache = dataclasses.replace(
+                lanes.cache,
+                layers=jax.tree.map(put_cells, lanes.cache.layers, waiting.layers),
+                starts=put(lanes.cache.starts, waiting.starts[place // G]),
+                ends=put(lanes.cache.ends, waiting.ends[place // G]),
+            )
+            fresh = row, drawn.token[place], jnp.ones_like(row), drawn.goes_on[place] & (T > 1)
+            lanes = _Lanes(cache, *(put(array, x) for array, x in zip(lanes[1:], fresh, strict=True)))
+            return loop._replace(lanes=lanes, taken=loop.taken + taken.sum())
+
+        def admit_and_decode(loop: _Loop) -> _Loop:
+            loop = admit(loop)
+            enough = jnp.where(loop.taken < B, M - 1, R)
+            return jax.lax.while_loop(lambda loop: loop.lanes.running.sum() > enough, advance, loop)
+
+        loop = loop._replace(key=key, responses=responses)
+        return jax.lax.while_loop(lambda loop: loop.taken < end, admit_and_decode, loop)
 
     one_lane_each = jnp.zeros((M, P), jnp.int32), jnp.ones((M, P), bool)
     _, cache = jax.eval_shape(lambda: model.prefill(*one_lane_each, P + T, int8=config.int8_cache))
+    cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), cache)
     zeros = jnp.zeros(M, jnp.int32)
-    start = _Lanes(
-        key=key,
-        cache=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), cache),
-        row=zeros,
-        token=zeros,
-        t=zeros,
-        running=jnp.zeros(M, bool),
-        taken=jnp.zeros((), jnp.int32),
-        responses=_Responses.none_yet(B, config),
-    )
-    return jax.lax.while_loop(lambda loop: loop.taken < B, serve, start).responses
+    lanes = _Lanes(cache, zeros, zeros, zeros, jnp.zeros(M, bool))
+    loop = _Loop(key, lanes, jnp.zeros((), jnp.int32), _Responses.none_yet(B, config))
+    loop = jax.lax.while_loop(lambda loop: loop.taken < B, serve, loop)
+    last = jnp.argsort(~loop.lanes.running, stable=True)[:R]
+    loop = loop._replace(lanes=jax.tree.map(lambda x: x[last], loop.lanes))
+    return jax.lax.while_loop(lambda loop: loop.lanes.running.any(), advance, loop).responses
