@@ -114,8 +114,7 @@ class Decoder(nnx.Module):
     @property
     def has_adapters(self) -> bool:
         """Whether `add_lora` has been called."""
-        linears = (part for _, part in nnx.iter_graph(self.stacks[-1]) if isinstance(part, Linear))
-        return any(linear.lora_scale is not None for linear in linears)
+        return any(linear.lora_scale is not None for linear in _linears(self.stacks[-1]))
 
     @property
     def compute_dtype(self) -> jnp.dtype:
@@ -219,19 +218,18 @@ class Decoder(nnx.Module):
         """The blocks one by one, for `decode`, with adapters that no step needs to convert or scale again.
 
         On a Hopper GPU they share their stack: what is cut out of it beside the kernel that reads it is never copied.
-        Elsewhere it would be in every step, and so is cut out here, on a CPU in the order that suits few rows.
+        Elsewhere it would be in every step, and so is cut out here; on a CPU in the order that suits few rows, and with
+        adapters added to weights in float32.
         """
-        layers, shared = [], not hopper.why_not_hopper()
+        layers = []
         for stack in map(nnx.clone, self.stacks):
-            for _, linear in nnx.iter_graph(stack):
-                if isinstance(linear, Linear):
-                    linear.settle_lora(self.compute_dtype)
-            graphdef, stacked = nnx.split(stack)
-            for i in range(stack_size(stack)):
-                alone = stacked if shared else jax.tree.map(lambda w, i=i: w[i : i + 1], stacked)
-                if hopper.device_kind() == "cpu":  # left to the loop, their order would be another copy
-                    alone = jax.lax.optimization_barrier(outputs_first(alone))
-                layers.append(Layer(graphdef, alone, i if shared else 0))
+            for linear in _linears(stack):
+                linear.settle_lora(self.compute_dtype)
+            whole, size = nnx.split(stack), stack_size(stack)
+            if hopper.why_not_hopper():
+                layers += [_cut_out(*whole, i, self.compute_dtype) for i in range(size)]
+            else:
+                layers += [Layer(*whole, i) for i in range(size)]
         return layers
 
     def decode(
@@ -333,6 +331,22 @@ def _scan_part(step, group: Group | None, x, xs, start: int, stop: int):
 def _decode_layer(graphdef: nnx.GraphDef, weights: nnx.State, x: Array, view: View, slots: Slots):
     """One layer of `decode`; jitted so that the kernels of all layers alike are traced and lowered once."""
     return nnx.merge(graphdef, weights)(x, view, slots=slots)
+
+
+def _linears(block: Block) -> list[Linear]:
+    return [part for _, part in nnx.iter_graph(block) if isinstance(part, Linear)]
+
+
+def _cut_out(graphdef: nnx.GraphDef, stacked: nnx.State, i: int, dtype: DTypeLike) -> Layer:
+    """Layer i in a stack of its own."""
+    weights = jax.tree.map(lambda w: w[i : i + 1], stacked)
+    if hopper.device_kind() == "cpu":
+        block = nnx.merge(graphdef, weights)
+        for linear in _linears(block):
+            linear.fold_lora(dtype)
+        graphdef, weights = nnx.split(block)
+        weights = jax.lax.optimization_barrier(outputs_first(weights))  # left to the loop, it would be another copy
+    return Layer(graphdef, weights, 0)
 
 
 def stack_size(stack: Block) -> int:

@@ -107,6 +107,14 @@ class Linear(nnx.Module):
             self.lora_b = nnx.LoRAParam((self.lora_b[...] * self.lora_scale).astype(dtype))
             self.lora_scale = 1.0
 
+    def fold_lora(self, dtype: DTypeLike) -> None:
+        """Adds the adapter, if there is one, to the kernel, where that rounds no more than products with `dtype` do."""
+        kernel = self.kernel.get_value()
+        if self.lora_scale is not None and getattr(kernel, "dtype", None) == dtype == jnp.float32:
+            self.kernel = nnx.Param(self.merged(jnp.float32))
+            del self.lora_a, self.lora_b
+            self.lora_scale = None
+
     def __call__(self, x: Float[Array, "*M in"]) -> Float[Array, "*M out"]:
         """The product, in the dtype of `x`."""
         y = multiply(x, self.kernel.get_value())

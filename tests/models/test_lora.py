@@ -90,6 +90,19 @@ def test_decoding_with_adapters_is_that_of_the_merged_model(layers):
     assert np.abs(ours.logp_t - plain.logp_t).max() > 1e-2
 
 
+def test_decoding_in_16_bits_does_not_round_adapters_into_weights():
+    tokens, mask = padded_batch([5, 9], 9)
+    graphdef, adapters, weights = nnx.split(with_adapters(), nnx.LoRAParam, ...)
+    model = nnx.merge(graphdef, adapters, jax.tree.map(lambda w: w.astype(jnp.bfloat16), weights))
+    config = SamplingConfig(max_new_tokens=7, eos_ids=())
+    out = jax.jit(generate, static_argnames="config")(model, tokens, mask, jax.random.key(0), config=config)
+    logps = jax.nn.log_softmax(model(out.tokens, out.attention_mask)[:, 8:-1])
+    expected = jnp.take_along_axis(logps, out.tokens[:, 9:, None], -1)[..., 0]
+    np.testing.assert_allclose(out.logp_t, expected, atol=0.05)  # three layers, each rounded to 2^-9 several times
+    kept = [len(jax.tree.leaves(nnx.state(nnx.merge(*layer[:2]), nnx.LoRAParam))) for layer in model.layers()]
+    assert kept == [2 * len(PROJECTIONS)] * TINY.num_layers
+
+
 def test_merge_under_jit():
     tokens, mask = padded_batch([5, 9], 9)
     graphdef, weights = nnx.split(with_adapters(tie_embeddings=True))
