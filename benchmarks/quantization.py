@@ -64,12 +64,12 @@ def one_by_one(
         return jnp.take_along_axis(jax.nn.log_softmax(model.logits(hidden)), token[:, None], axis=1)[:, 0]
 
     def step(cache, now):
-        token, following, real, position = now
-        hidden, cache = model.decode(layers, cache, token, real, jnp.full(token.shape, position))
+        token, following, real = now
+        hidden, cache = model.decode(layers, cache, token, real)
         return cache, logp(hidden, following)
 
     first = logp(hidden[:, -1], tokens[:, 1])
-    columns = tokens[:, 1:-1].T, tokens[:, 2:].T, mask[:, 1:-1].T, jnp.arange(1, tokens.shape[1] - 1)
+    columns = tokens[:, 1:-1].T, tokens[:, 2:].T, mask[:, 1:-1].T
     _, rest = jax.lax.scan(step, cache, columns)
     return jnp.concatenate([first[:, None], rest.T], axis=1)
 

@@ -238,11 +238,11 @@ class Decoder(nnx.Module):
         cache: KVCache,
         token: Int[Array, " B"],
         mask: Bool[Array, " B"],
-        position: Int[Array, " B"],
     ) -> tuple[Float[Array, "B D"], KVCache]:
         """Adds one token to each row of the cache; its hidden state. Where `mask` is False, the row stays as it was."""
-        x = self._embed(token[:, None], position[:, None])
-        views = self._views(position[:, None])
+        positions = (cache.ends - cache.starts)[:, None]
+        x = self._embed(token[:, None], positions)
+        views = self._views(positions)
         written = []
         for i, (layer, cached) in enumerate(zip(layers, cache.layers, strict=True)):
             view = views[i in self.config.local_layers]

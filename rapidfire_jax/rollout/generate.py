@@ -167,7 +167,6 @@ def _all_at_once(model, prompts, prompt_mask, key, draw, config: SamplingConfig)
     G, T, P = config.samples_per_prompt, config.max_new_tokens, prompts.shape[1]
     B = len(prompts) * G
     layers = model.layers()
-    lengths = jnp.repeat(prompt_mask.sum(axis=1, dtype=jnp.int32), G)
 
     def choose(loop: _Batch, hidden: Float[Array, "B D"]) -> _Batch:
         """Draws token t of the rows that are still running, from the hidden states before it."""
@@ -180,7 +179,7 @@ def _all_at_once(model, prompts, prompt_mask, key, draw, config: SamplingConfig)
 
     def advance(loop: _Batch) -> _Batch:
         token, mask = (jax.lax.dynamic_index_in_dim(x, loop.t - 1, 1, keepdims=False) for x in loop.responses[:2])
-        hidden, cache = model.decode(layers, loop.cache, token, mask, lengths + loop.t - 1)
+        hidden, cache = model.decode(layers, loop.cache, token, mask)
         return choose(loop._replace(cache=cache), hidden)
 
     last, cache = _prefill(model, prompts, prompt_mask, P + T, config)
@@ -224,7 +223,6 @@ def _continuously(model, prompts, prompt_mask, key, draw, config: SamplingConfig
     M = config.decode_batch_size or B
     R = _prefilled_at_once(M, G)
     layers = model.layers()
-    lengths = jnp.repeat(prompt_mask.sum(axis=1, dtype=jnp.int32), G)
     prompts, prompt_mask = (jnp.pad(x, ((0, -B % R // G), (0, 0)), mode="edge") for x in (prompts, prompt_mask))
 
     def file(responses: _Responses, drawn: _Drawn, row: Int[Array, " N"], t: Int[Array, " N"]) -> _Responses:
@@ -236,8 +234,7 @@ def _continuously(model, prompts, prompt_mask, key, draw, config: SamplingConfig
         """One more token in each lane that is running."""
         key, now = jax.random.split(loop.key)
         lanes = loop.lanes
-        positions = lengths[jnp.minimum(lanes.row, B - 1)] + lanes.t - 1
-        hidden, cache = model.decode(layers, lanes.cache, lanes.token, lanes.running, positions)
+        hidden, cache = model.decode(layers, lanes.cache, lanes.token, lanes.running)
         drawn = draw(hidden, lanes.running, now)
         responses = file(loop.responses, drawn, jnp.where(lanes.running, lanes.row, B), lanes.t)
         after = _Lanes(cache, lanes.row, drawn.token, lanes.t + 1, drawn.goes_on & (lanes.t + 1 < T))

@@ -120,12 +120,11 @@ def test_prefill_and_single_steps_equal_the_full_forward(prompt):
     model = tiny_model()
     width = prompt + 5
     tokens, mask = padded_batch([width, width - prompt + 1], width)  # the second row: one real token in the prompt
-    positions = count_positions(mask)
     expected = model.hidden(tokens, mask)
     hidden, cache = prefill(model, tokens[:, :prompt], mask[:, :prompt], width)
     found = [hidden]
     for t in range(prompt, width):
-        hidden, cache = decode(model, cache, tokens[:, t], mask[:, t], positions[:, t])
+        hidden, cache = decode(model, cache, tokens[:, t], mask[:, t])
         found.append(hidden[:, None])
     found = jnp.concatenate(found, axis=1)
     np.testing.assert_allclose(found[mask], expected[mask], rtol=1e-4, atol=1e-4)
@@ -136,9 +135,9 @@ def test_a_masked_token_leaves_its_row_as_it_was():
     model = tiny_model()
     tokens, mask = padded_batch([4], 4)
     _, cache = prefill(model, tokens, mask, 8)
-    _, skipped = decode(model, cache, jnp.array([9]), jnp.array([False]), jnp.array([4]))
-    after_skip, _ = decode(model, skipped, jnp.array([5]), jnp.array([True]), jnp.array([4]))
-    direct, _ = decode(model, cache, jnp.array([5]), jnp.array([True]), jnp.array([4]))
+    _, skipped = decode(model, cache, jnp.array([9]), jnp.array([False]))
+    after_skip, _ = decode(model, skipped, jnp.array([5]), jnp.array([True]))
+    direct, _ = decode(model, cache, jnp.array([5]), jnp.array([True]))
     np.testing.assert_allclose(after_skip, direct, **F32_LONG)
 
 
