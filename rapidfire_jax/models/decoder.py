@@ -345,7 +345,8 @@ def _cut_out(graphdef: nnx.GraphDef, stacked: nnx.State, i: int, dtype: DTypeLik
         for linear in _linears(block):
             linear.fold_lora(dtype)
         graphdef, weights = nnx.split(block)
-        weights = jax.lax.optimization_barrier(outputs_first(weights))  # left to the loop, it would be another copy
+        # Behind a barrier, or the loop would turn the weights around in another copy.
+        weights = jax.lax.optimization_barrier(outputs_first(weights))
     return Layer(graphdef, weights, 0)
 
 

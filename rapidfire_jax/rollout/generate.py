@@ -212,9 +212,10 @@ class _Loop(NamedTuple):
 
 
 def _continuously(model, prompts, prompt_mask, key, draw, config: SamplingConfig) -> _Responses:
-    """A few rows at a time: where one ends, the next takes its lane; the last ones go on in as many lanes as they need.
+    """A few rows at a time: where one ends, the next takes its lane.
 
-    A few prompts are prefilled together and wait, each row with its first token, for a lane.
+    R rows, enough for a quarter of the lanes, are prefilled together and wait, each with its first token, for a lane.
+    When none waits and no more than R are running, these go on in R lanes.
 
     Yu et al., Orca: A Distributed Serving System for Transformer-Based Generative Models, 2022.
     """
