@@ -13,14 +13,17 @@ for nearest codes.
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int8, UInt8, UInt32
 
+from pallas_kernels import hopper
 from pallas_kernels.numerics import over_rows
 
 BLOCK = 256  # elements that share a scale
+PORTION = 4096  # blocks that a CPU updates at a time; what it computes of them stays in its caches
 SMALLEST = 2.0**-90  # scale, so that its reciprocal is finite
 
 
@@ -117,8 +120,16 @@ def adamw_8bit_reference(param, grad, moments: Moments, numbers: Numbers, seed, 
     def back(x):
         return x.reshape(-1)[: param.size].reshape(param.shape)
 
-    filled = moments._replace(m_codes=blocks(moments.m_codes), v_codes=blocks(moments.v_codes))
-    new, updated = update_blocks(
-        blocks(param), blocks(grad), filled, numbers, seed, jnp.zeros((), jnp.int32), stochastic
-    )
+    def step(first, rows, state):
+        (p, before), g = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, first, rows), (state, gradients))
+        updated = update_blocks(p, g, before, numbers, seed, first, stochastic)
+        return jax.tree.map(lambda x, new: lax.dynamic_update_slice_in_dim(x, new, first, 0), state, updated)
+
+    gradients = blocks(grad)
+    state = blocks(param), moments._replace(m_codes=blocks(moments.m_codes), v_codes=blocks(moments.v_codes))
+    rows = len(gradients)
+    portion = min(PORTION, rows) if hopper.device_kind() == "cpu" else rows
+    whole, rest = divmod(rows, portion)
+    state = lax.fori_loop(0, whole, lambda i, state: step(i * portion, portion, state), state)
+    new, updated = step(jnp.asarray(whole * portion), rest, state) if rest else state
     return back(new), updated._replace(m_codes=back(updated.m_codes), v_codes=back(updated.v_codes))

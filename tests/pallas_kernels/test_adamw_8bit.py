@@ -246,6 +246,24 @@ def test_pieces_of_whole_blocks_take_the_steps_of_the_whole():
     jax.tree.map(np.testing.assert_array_equal, *without_v)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("blocks", [1, 3, 10])
+def test_portions_take_the_step_of_the_whole(monkeypatch, dtype, blocks):
+    param, grad, moments = start((7, 333), dtype)  # 10 blocks, the last of 27 elements
+    step = partial(adamw_8bit, param, grad, moments, step=4, key=jax.random.key(0), **NUMBERS)
+    whole = jax.jit(lambda: step())()
+    monkeypatch.setattr(reference, "PORTION", blocks)
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(lambda: step())(), whole)
+
+
+def test_temporaries_are_those_of_a_portion(monkeypatch):
+    monkeypatch.setattr(reference, "PORTION", 64)
+    param = jnp.zeros((1024, 1024))
+    step = jax.jit(partial(adamw_8bit, step=1, learning_rate=0.1), donate_argnums=(0, 2))
+    need = step.lower(param, param, init_moments(param)).compile().memory_analysis()
+    assert need.temp_size_in_bytes < 0.5 * param.nbytes  # 3.3 of it in one portion
+
+
 def test_numbers_may_change_without_a_new_compilation():
     param, grad, moments = start((2, 256))
 
