@@ -31,7 +31,7 @@ from rapidfire_jax.models.export import save_pretrained
 from rapidfire_jax.models.heads import CausalLM
 
 ROWS, PROMPTS = 16, 128
-SMALL = DecoderConfig(8192, 512, 2048, 8, 8, 8, 64, max_positions=256)
+SMALL = DecoderConfig(8192, 512, 2048, 8, 8, 8, 64, max_positions=512)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +64,7 @@ CASES = (
     Case("small", 64, 128, EQUAL),
     Case("SmolLM2-135M", 32, 32, EQUAL),
     Case("small", 64, 128, _unequal(128)),
+    Case("small", 32, 256, _unequal(256)),
 )
 
 
