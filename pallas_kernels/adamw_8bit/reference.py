@@ -112,6 +112,8 @@ def mix(x):
 
 def adamw_8bit_reference(param, grad, moments: Moments, numbers: Numbers, seed, stochastic: bool):
     """`(param, moments)` of any shape; the last block is filled up with zeros."""
+    if param.size == 0:
+        return param, moments
 
     def blocks(x):
         flat = x.reshape(-1)

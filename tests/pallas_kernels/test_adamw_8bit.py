@@ -256,6 +256,12 @@ def test_portions_take_the_step_of_the_whole(monkeypatch, dtype, blocks):
     jax.tree.map(np.testing.assert_array_equal, jax.jit(lambda: step())(), whole)
 
 
+def test_a_parameter_without_elements_stays_as_it_is():
+    param = jnp.zeros((3, 0))
+    new, moments = run(param, param, init_moments(param))
+    assert new.shape == (3, 0) and [x.shape for x in moments] == [(3, 0), (0,), (3, 0), (0,)]
+
+
 def test_temporaries_are_those_of_a_portion(monkeypatch):
     monkeypatch.setattr(reference, "PORTION", 64)
     param = jnp.zeros((1024, 1024))
