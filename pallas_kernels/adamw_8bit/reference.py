@@ -23,7 +23,7 @@ from pallas_kernels import hopper
 from pallas_kernels.numerics import over_rows
 
 BLOCK = 256  # elements that share a scale
-PORTION = 4096  # blocks that a CPU updates at a time; what it computes of them stays in its caches
+PORTION = 4096  # blocks that a CPU updates at a time, with temporaries of some 20 MB however large the array
 SMALLEST = 2.0**-90  # scale, so that its reciprocal is finite
 
 

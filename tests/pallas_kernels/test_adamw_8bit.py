@@ -247,13 +247,13 @@ def test_pieces_of_whole_blocks_take_the_steps_of_the_whole():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("blocks", [1, 3, 10])
+@pytest.mark.parametrize("blocks", [1, 3, 5])
 def test_portions_take_the_step_of_the_whole(monkeypatch, dtype, blocks):
     param, grad, moments = start((7, 333), dtype)  # 10 blocks, the last of 27 elements
     step = partial(adamw_8bit, param, grad, moments, step=4, key=jax.random.key(0), **NUMBERS)
     whole = jax.jit(lambda: step())()
     monkeypatch.setattr(reference, "PORTION", blocks)
-    jax.tree.map(np.testing.assert_array_equal, jax.jit(lambda: step())(), whole)
+    assert_same(jax.jit(lambda: step())(), whole)
 
 
 def test_a_parameter_without_elements_stays_as_it_is():
